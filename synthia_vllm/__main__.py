@@ -1,0 +1,3 @@
+from synthia_vllm.cli import main
+
+main()

@@ -1,0 +1,85 @@
+"""What this machine has, found without importing torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU; memory in bytes."""
+
+    name: str
+    memory_total: int
+    memory_free: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """CPUs that this process may use, memory in bytes, GPUs."""
+
+    cpus: int
+    memory_total: int
+    memory_available: int
+    gpus: tuple[Gpu, ...]
+
+
+def inspect_machine() -> Machine:
+    """Looks at the machine: affinity mask, memory (the container's limit if lower), nvidia-smi."""
+    memory = psutil.virtual_memory()
+    limit = _cgroup_limit()
+    total = min(memory.total, limit) if limit else memory.total
+    return Machine(
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_total=total,
+        memory_available=min(memory.available, total),
+        gpus=_gpus(),
+    )
+
+
+def preload_libraries() -> dict[str, Path | None]:
+    """The libraries that make vLLM's CPU worker fast, and where they are; None for one that is missing.
+
+    tcmalloc is Debian's `libtcmalloc-minimal4`; libiomp5 comes with `intel-openmp` into the environment.
+    """
+    folders = [Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib/aarch64-linux-gnu"), Path("/usr/lib64"), Path("/usr/lib")]
+    tcmalloc = next(
+        (found for folder in folders for found in sorted(folder.glob("libtcmalloc_minimal.so*"))), None
+    )
+    openmp = Path(sys.prefix, "lib", "libiomp5.so")
+    return {"tcmalloc": tcmalloc, "libiomp5": openmp if openmp.exists() else None}
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    command = shutil.which("nvidia-smi")
+    if not command:
+        return ()
+    query = [command, "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        rows = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (subprocess.SubprocessError, OSError):
+        return ()  # a driver that does not answer can't serve either
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = []
+    for row in rows.strip().splitlines():
+        name, total, free = (cell.strip() for cell in row.rsplit(",", 2))
+        gpus.append(Gpu(name, int(total) * 2**20, int(free) * 2**20))
+    if visible is not None:
+        wanted = [part for part in visible.split(",") if part.strip().isdigit()]
+        gpus = [gpus[int(part)] for part in wanted if int(part) < len(gpus)]
+    return tuple(gpus)
+
+
+def _cgroup_limit() -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

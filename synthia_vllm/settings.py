@@ -1,0 +1,147 @@
+"""One settings tree: YAML file < environment (`SYNTHIA_…`) < command line.
+
+`SYNTHIA_PROMPT__STYLE=script`, `--prompt.style script` and `prompt: {style: script}` in the file set the same field.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.prompt import MarkerPolicy, Style
+
+CONFIG_VARIABLE = "SYNTHIA_CONFIG"
+
+
+class PromptSettings(BaseModel):
+    """The Synthia prompt format."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    style: Annotated[
+        Style, Field(description="card: the card's format block; script: byte for byte the card's Python")
+    ] = "card"
+    turn_end: Annotated[str, Field(description="text after each past answer, for instance </s>")] = ""
+    role_markers: Annotated[
+        MarkerPolicy, Field(description="what to do with USER: and the like inside what a user writes")
+    ] = "allow"
+
+
+class EngineSettings(BaseModel):
+    """vLLM. Anything not here can be given to vLLM itself after `--`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_model_len: Annotated[
+        PositiveInt | None, Field(description="context in tokens (default: what the model was made for)")
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], Field(description="type of weights and KV cache")
+    ] = "auto"
+    kv_cache_gib: Annotated[
+        PositiveFloat | None,
+        Field(description="KV cache in GiB (default: half of the free memory on a CPU, vLLM's share of a GPU)"),
+    ] = None
+    tensor_parallel_size: Annotated[
+        PositiveInt | None, Field(description="GPUs that share the model (default: as many as divide its heads)")
+    ] = None
+    compile: Annotated[
+        bool, Field(description="torch.compile on a CPU: about a minute more to start, a little faster at few streams")
+    ] = False
+
+
+class Settings(BaseSettings):
+    """Serve Synthia on this machine: an OpenAI- and Anthropic-compatible server that speaks the Synthia format."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SYNTHIA_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_prog_name="synthia-vllm serve",
+        protected_namespaces=(),
+    )
+
+    config: Annotated[Path | None, Field(description=f"YAML file with any of these options; also {CONFIG_VARIABLE}")] = (
+        None
+    )
+    model: Annotated[
+        str | None,
+        Field(description="folder, hub id, or 'demo' (default: Synthia-v3.0-11B with a GPU, demo without)"),
+    ] = None
+    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
+    insecure: Annotated[bool, Field(description="allow an address that others can reach, without keys")] = False
+    drain_timeout: Annotated[
+        NonNegativeFloat, Field(description="seconds that running requests get to finish after SIGTERM")
+    ] = 60.0
+    max_body_bytes: Annotated[PositiveInt, Field(description="largest request body")] = 4 * 2**20
+    log_file: Annotated[
+        str | None, Field(description="where the engine's log goes; - for the terminal (default: in the cache folder)")
+    ] = None
+    prompt: PromptSettings = PromptSettings()
+    engine: EngineSettings = EngineSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = os.environ.get(CONFIG_VARIABLE)
+        if not path:
+            return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=Path(path))
+
+
+def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve") -> Settings:
+    """The settings from all sources; `argv` is a command line without the command's name.
+
+    Raises SetupError that names the option, its value and what would be right.
+    """
+    config = _option(argv, "--config")
+    if config is not None:
+        os.environ[CONFIG_VARIABLE] = config
+    path = os.environ.get(CONFIG_VARIABLE)
+    if path and not Path(path).is_file():
+        raise SetupError(f"--config {path}: there is no such file")
+    try:
+        source: CliSettingsSource[Settings] = CliSettingsSource(Settings, cli_prog_name=prog, cli_parse_args=list(argv))
+        return Settings(_cli_settings_source=source)  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise SetupError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+def _option(argv: Sequence[str], name: str) -> str | None:
+    """The value of one option, wanted before the parser can run (the parser's defaults come from that file)."""
+    for index, word in enumerate(argv):
+        if word == name and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _explain(problem: object) -> str:
+    assert isinstance(problem, dict)
+    option = "--" + ".".join(str(part).replace("_", "-") for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{option}: there is no such option; see --help"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{option} {problem['input']!r}: {message}"
