@@ -1,0 +1,58 @@
+"""The command `synthia-vllm`: one module a command, imported when it is run."""
+
+import importlib
+import sys
+
+import click
+
+from synthia_vllm import __version__
+from synthia_vllm.errors import SynthiaError
+
+# name: (module, one line of help). Listed here so that --help imports none of them.
+COMMANDS = {
+    "serve": ("synthia_vllm.cli.serve", "Serve the model on this machine (OpenAI and Anthropic APIs)."),
+    "chat": ("synthia_vllm.cli.chat", "Talk to a running server."),
+    "batch": ("synthia_vllm.cli.batch", "Run an OpenAI batch file offline."),
+    "doctor": ("synthia_vllm.cli.doctor", "Tell what would stop or slow down `serve` on this machine."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when that command is run (click's documentation, *Lazily Loading Subcommands*)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="synthia-vllm")
+def cli() -> None:
+    """Synthia-v3.0-11B for many users: vLLM behind the Synthia prompt contract.
+
+    Start with `synthia-vllm serve`, then `synthia-vllm chat` in another terminal.
+    """
+
+
+def main() -> None:
+    """Entry point. An error of ours is one line and exit code 2; Ctrl-C is 130."""
+    try:
+        cli(prog_name="synthia-vllm", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SynthiaError as error:
+        click.echo(f"synthia-vllm: {error}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)

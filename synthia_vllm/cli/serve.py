@@ -1,0 +1,109 @@
+"""`synthia-vllm serve`."""
+
+import json
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+
+import click
+from rich.console import Console
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.settings import Settings, load_settings
+
+PROG = "synthia-vllm serve"
+
+
+@click.command(
+    "serve", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def command(words: tuple[str, ...]) -> None:
+    """Serve the model on this machine."""
+    # click swallows the first `--`; only sys.argv knows where vLLM's own options begin.
+    given = sys.argv[sys.argv.index("serve") + 1 :] if "serve" in sys.argv else list(words)
+    own, vllm_options = split_options(given)
+    sys.exit(serve(load_settings(own, prog=PROG), vllm_options))
+
+
+def split_options(words: list[str]) -> tuple[list[str], list[str]]:
+    """Ours, and what comes after `--` for vLLM."""
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def serve(settings: Settings, vllm_options: list[str]) -> int:
+    """Starts, serves, drains; returns the exit code."""
+    from synthia_vllm.engine.arguments import plan_engine
+    from synthia_vllm.engine.hardware import inspect_machine
+    from synthia_vllm.engine.server import bind, check_exposure, run
+    from synthia_vllm.engine.startup import Startup, cause, output_to
+
+    check_exposure(settings)
+    sock = bind(settings)
+    port = sock.getsockname()[1]
+    signal.signal(signal.SIGTERM, _interrupt)
+    plan = plan_engine(settings, inspect_machine(), vllm_options)
+    log = _log_path(settings, port)
+    with output_to(log) as terminal:
+        console = Console(file=terminal, soft_wrap=True)
+        startup = Startup(console, log)
+
+        def ready() -> None:
+            seconds = startup.stop()
+            console.print(ready_text(settings.host, port, plan.name, seconds, log), highlight=False, markup=False)
+
+        startup.start()
+        try:
+            return run(settings, plan, sock, ready)
+        except KeyboardInterrupt:
+            startup.stop()
+            console.print("interrupted while starting", highlight=False)
+            return 130
+        except SystemExit as error:  # vLLM's own parser did not like an option
+            startup.stop()
+            if log:
+                console.print(log.read_text(errors="replace"), highlight=False, markup=False)
+            return error.code if isinstance(error.code, int) else 1
+        except Exception as error:
+            startup.stop()
+            traceback.print_exc()  # into the log
+            reason = (log and cause(log)) or error
+            where = f"\nThe whole log: {log}" if log else ""
+            raise SetupError(f"the engine failed: {reason}{where}\n`synthia-vllm doctor` looks for causes") from None
+        finally:
+            sock.close()
+
+
+def ready_text(host: str, port: int, model: str, seconds: float, log: Path | None) -> str:
+    """What is printed when the server answers: where it is and a command that works as printed."""
+    reach = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    url = f"http://{reach}:{port}"
+    body = json.dumps({"model": "synthia", "messages": [{"role": "user", "content": "What is an orca?"}]})
+    lines = [
+        f"Ready after {seconds:.0f} s: {model} at {url} (also as synthia and synthia-tot)",
+        "",
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
+        f"    -d '{body}'",
+        "",
+        f"Talk to it: synthia-vllm chat --url {url}",
+        *([f"Log: {log}"] if log else []),
+        "Stop with Ctrl-C: running requests finish first; a second Ctrl-C ends at once.",
+    ]
+    return "\n".join(lines)
+
+
+def _log_path(settings: Settings, port: int) -> Path | None:
+    from synthia_vllm.engine.demo import cache_folder
+
+    if settings.log_file == "-":
+        return None
+    return Path(settings.log_file) if settings.log_file else cache_folder() / "logs" / f"serve-{port}.log"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

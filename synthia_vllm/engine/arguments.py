@@ -1,0 +1,115 @@
+"""vLLM's command line and environment from our settings and this machine."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from synthia_vllm.engine.demo import NAME as DEMO_NAME
+from synthia_vllm.engine.demo import demo_model
+from synthia_vllm.engine.hardware import Machine, preload_libraries
+from synthia_vllm.engine.memory import check_gpu_memory, choose_kv_bytes, read_geometry
+from synthia_vllm.engine.plugin import ENGINE_VARIABLE
+from synthia_vllm.errors import SetupError
+from synthia_vllm.prompt import MODEL_ALIASES, STOP_STRINGS, template_path
+from synthia_vllm.settings import Settings
+
+SYNTHIA = "migtissera/Synthia-v3.0-11B"
+DEMO = "demo"
+_STOPS_OF_CLIENTS = 16
+
+
+@dataclass
+class EnginePlan:
+    """How vLLM will be started: which model, with what arguments and environment."""
+
+    model: str  # folder or hub id
+    name: str  # what the model is served as, beside the aliases
+    arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def apply_environment(self) -> None:
+        """Sets the environment for vLLM's processes. They are spawned, so even LD_PRELOAD takes effect in them."""
+        os.environ.update(self.environment)
+
+
+def default_model(machine: Machine) -> str:
+    """Synthia where there is a GPU, the demo model elsewhere."""
+    return SYNTHIA if machine.gpus else DEMO
+
+
+def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ()) -> EnginePlan:
+    """Decides everything about the engine before anything is loaded; `extra` are vLLM's own options, which win.
+
+    Raises SetupError where the model is missing, is no Llama architecture, or does not fit.
+    """
+    asked = settings.model or default_model(machine)
+    model = str(demo_model()) if asked == DEMO else os.path.expanduser(asked)
+    name = DEMO_NAME if asked == DEMO else asked
+    arguments = [
+        *("--model", model),
+        *("--served-model-name", name, *MODEL_ALIASES),
+        *("--chat-template", str(template_path(settings.prompt.style))),
+        *("--chat-template-content-format", "string"),
+        # The sampling defaults are the contract's, not those of a generation_config.json.
+        *("--generation-config", "vllm"),
+        *("--dtype", settings.engine.dtype),
+        "--enable-request-id-headers",
+    ]
+    if settings.prompt.turn_end:
+        arguments += ["--default-chat-template-kwargs", f'{{"turn_end": {_json(settings.prompt.turn_end)}}}']
+    if settings.engine.max_model_len:
+        arguments += ["--max-model-len", str(settings.engine.max_model_len)]
+    environment = {
+        ENGINE_VARIABLE: "1",
+        "VLLM_MAX_STOP_STRINGS": str(len(STOP_STRINGS) + _STOPS_OF_CLIENTS),
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    geometry = read_geometry(model, settings.engine.dtype)
+    if geometry:
+        context = settings.engine.max_model_len or geometry.context
+        if context > geometry.context:
+            raise SetupError(f"--engine.max-model-len {context}: the model was made for {geometry.context} tokens")
+    if machine.gpus:
+        gpus = settings.engine.tensor_parallel_size or _most_gpus(len(machine.gpus), geometry.heads if geometry else 1)
+        if gpus > len(machine.gpus):
+            raise SetupError(f"--engine.tensor-parallel-size {gpus}: this machine has {len(machine.gpus)} GPU(s)")
+        if geometry:
+            check_gpu_memory(geometry, context, machine, gpus)
+        arguments += ["--tensor-parallel-size", str(gpus), "--enable-prefix-caching"]
+        if settings.engine.kv_cache_gib:
+            arguments += ["--kv-cache-memory-bytes", str(int(settings.engine.kv_cache_gib * 2**30))]
+    else:
+        if geometry:
+            kv_bytes = choose_kv_bytes(geometry, context, machine, settings.engine.kv_cache_gib)
+            arguments += ["--kv-cache-memory-bytes", str(kv_bytes)]
+        if not settings.engine.compile:
+            arguments.append("--enforce-eager")
+        environment |= cpu_environment()
+    return EnginePlan(model, name, [*arguments, *extra], environment)
+
+
+def cpu_environment() -> dict[str, str]:
+    """What makes vLLM's CPU worker fast: threads bound to all cores, and tcmalloc and Intel's OpenMP preloaded.
+
+    Source: vLLM's CPU installation page, *set LD_PRELOAD* and *VLLM_CPU_NUM_OF_RESERVED_CPU*.
+    """
+    preload = [str(path) for path in preload_libraries().values() if path]
+    given = os.environ.get("LD_PRELOAD", "")
+    missing = [path for path in preload if path not in given]
+    return {
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
+        "LD_PRELOAD": ":".join([*missing, *([given] if given else [])]),
+    }
+
+
+def _most_gpus(count: int, heads: int) -> int:
+    """The most GPUs that divide the attention heads evenly."""
+    return next(gpus for gpus in range(count, 0, -1) if heads % gpus == 0)
+
+
+def _json(text: str) -> str:
+    import json
+
+    return json.dumps(text)

@@ -1,0 +1,172 @@
+"""The layer that makes every chat route speak the Synthia format and nothing but it.
+
+What differs between OpenAI's, Anthropic's and vLLM's own routes is in `dialects`; here is what is common: read the
+request once, hand it on changed, and pass the reply through the dialect's filter event by event.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from synthia_vllm.errors import BodyTooLarge, MalformedBody, RequestError
+from synthia_vllm.gateway.dialects import DIALECTS, Dialect, Exchange
+from synthia_vllm.gateway.replies import header, send_error
+from synthia_vllm.prompt import MarkerPolicy
+
+_DROPPED_HEADERS = (b"content-length", b"transfer-encoding", b"x-vllm-priority")
+
+
+class Contract:
+    """Enforces the prompt contract on requests and replies. A pure ASGI layer, usable alone as vLLM's `--middleware`.
+
+    Requests: messages are checked (an OpenAI-shaped 400 that names the field), presets, stop strings and sampling
+    defaults are added. Replies: the text ends before the first stop string and has no outer white space, streamed or
+    not. `/v1/completions` and the token routes only have their JSON checked; their bytes are passed on as they are.
+    """
+
+    def __init__(self, app: ASGIApp, *, role_markers: MarkerPolicy = "allow") -> None:
+        self.app = app
+        self.role_markers = role_markers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        try:
+            body = await read_body(scope, receive)
+            if body is None:
+                return None
+            request = decode_object(body)
+            dialect = DIALECTS.get(scope["path"])
+            if dialect is None:
+                return await self.app(scope, replay(body, receive), send)
+            exchange = dialect(request, role_markers=self.role_markers)
+        except RequestError as error:
+            return await send_error(error, scope, receive, send)
+        await self._converse(exchange, scope, receive, send)
+
+    async def _converse(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        """Asks upstream; once more where only our own default for the reply's length made the request too long."""
+        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() not in _DROPPED_HEADERS]}
+        reply = ContractReply(exchange, send, refusals_wait=exchange.defaulted_length)
+        await self._ask(exchange, scope, receive, reply)
+        if reply.refused:
+            # A prompt that leaves less room than the default. Without a length, engines generate to the context's end.
+            exchange.drop_length()
+            await self._ask(exchange, scope, receive, ContractReply(exchange, send))
+
+    async def _ask(self, exchange: Exchange, scope: Scope, receive: Receive, reply: "ContractReply") -> None:
+        body = msgspec.json.encode(exchange.request)
+        headers = [*scope["headers"], (b"content-length", str(len(body)).encode())]
+        await self.app({**scope, "headers": headers}, replay(body, receive), reply)
+
+
+class ContractReply:
+    """One reply on its way to the client: the `send` that upstream gets.
+
+    With `refusals_wait` a 400 is not sent on but noted in `refused`, so that the caller can ask again.
+    """
+
+    def __init__(self, exchange: Exchange, send: Send, *, refusals_wait: bool = False) -> None:
+        self.refused = False
+        self._exchange = exchange
+        self._send = send
+        self._refusals_wait = refusals_wait
+        self._start: Message | None = None  # of a whole JSON reply: its length is known at the end
+        self._streaming = False
+        self._buffer = bytearray()
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif self.refused:
+            return
+        elif self._streaming:
+            await self._stream(message)
+        elif self._start is not None:
+            await self._collect(message)
+        else:
+            await self._send(message)
+
+    async def _begin(self, message: Message) -> None:
+        if message["status"] == 400 and self._refusals_wait:
+            self.refused = True
+        elif message["status"] != 200:
+            await self._send(message)
+        elif header(message, b"content-type").startswith(b"text/event-stream"):
+            self._streaming = True
+            await self._send(message)
+        else:
+            self._start = message
+
+    async def _stream(self, message: Message) -> None:
+        self._buffer += message.get("body", b"")
+        more = message.get("more_body", False)
+        out = b"".join(self._exchange.event(event) for event in take_events(self._buffer))
+        if not more:
+            out += bytes(self._buffer)
+        if out or not more:
+            await self._send({"type": "http.response.body", "body": out, "more_body": more})
+
+    async def _collect(self, message: Message) -> None:
+        self._buffer += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        assert self._start is not None
+        body = msgspec.json.encode(self._exchange.whole(msgspec.json.decode(self._buffer)))
+        headers = [pair for pair in self._start["headers"] if pair[0].lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+async def read_body(scope: Scope, receive: Receive) -> bytes | None:
+    """The whole body; None where the client has left. Raises BodyTooLarge when the limit layer outside says so."""
+    parts = []
+    while True:
+        try:
+            message = await receive()
+        except HTTPException as error:
+            if error.status_code != 413:
+                raise
+            raise BodyTooLarge(scope["starlette.max_body_size"]) from None
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8. Raises MalformedBody for all else, numbers that JSON has not (NaN) included."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedBody(str(error)) from None
+    except RecursionError:
+        raise MalformedBody("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise MalformedBody(f"expected an object, got {type(value).__name__}")
+    return value
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives this body and then what really arrives, such as the client's disconnect."""
+    pending = iter((body,))
+
+    async def replayed() -> Message:
+        for part in pending:
+            return {"type": "http.request", "body": part, "more_body": False}
+        return await receive()
+
+    return replayed
+
+
+def take_events(buffer: bytearray) -> Iterator[bytes]:
+    """Takes the whole server-sent events off the front of a buffer, each with the blank line that ends it."""
+    while (end := buffer.find(b"\n\n")) >= 0:
+        event = bytes(buffer[: end + 2])
+        del buffer[: end + 2]
+        yield event

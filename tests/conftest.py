@@ -1,0 +1,55 @@
+"""One real server for the whole run: `serve` with the demo model, started when the first test needs it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+START_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    url: str
+    pid: int
+    announcement: str  # what `serve` printed when it was ready
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """`synthia-vllm serve --port 0` with a small context, as a user would start it."""
+    folder = tmp_path_factory.mktemp("serve")
+    log, out = folder / "engine.log", folder / "out.txt"
+    command = [sys.executable, "-m", "synthia_vllm", "serve", "--port", "0", "--log-file", str(log)]
+    command += ["--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1"]
+    with out.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (found := re.search(r"at (http://\S+)", out.read_text())):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"serve did not start:\n{out.read_text()}\n{log.read_text()[-4000:]}")
+            time.sleep(0.2)
+        yield RunningServer(found.group(1), process.pid, out.read_text(), log)
+    finally:
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGTERM)
+            try:
+                process.wait(90)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=120) as http:
+        yield http
