@@ -4,8 +4,8 @@ SynthiaError
 ├── RequestError (400)          what a client sent can't be served
 │   ├── MalformedBody (400)     not JSON, not UTF-8, not an object
 │   ├── NotFound (404)          no such route
+│   ├── MethodNotAllowed (405)
 │   └── BodyTooLarge (413)
-├── Unavailable (503)           the server is draining, or the engine is not ready
 └── SetupError                  the machine or the options can't serve; shown by the command, exit code 2
 """
 
@@ -48,6 +48,15 @@ class NotFound(RequestError):
         super().__init__(f"there is nothing at {path}; the routes are listed in the README")
 
 
+class MethodNotAllowed(RequestError):
+    """The route is there, for another method."""
+
+    status = 405
+
+    def __init__(self, path: str, method: str) -> None:
+        super().__init__(f"{path} is asked with {method}")
+
+
 class BodyTooLarge(RequestError):
     """The body is over the limit."""
 
@@ -55,13 +64,6 @@ class BodyTooLarge(RequestError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"the request body is over {limit} bytes; raise --max-body-bytes or send less", param="body")
-
-
-class Unavailable(RequestError):
-    """The server can't take a request now."""
-
-    status = 503
-    type = "server_error"
 
 
 class SetupError(SynthiaError):

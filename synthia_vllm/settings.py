@@ -75,9 +75,9 @@ class Settings(BaseSettings):
         protected_namespaces=(),
     )
 
-    config: Annotated[Path | None, Field(description=f"YAML file with any of these options; also {CONFIG_VARIABLE}")] = (
-        None
-    )
+    config: Annotated[
+        Path | None, Field(description=f"YAML file with any of these options; also {CONFIG_VARIABLE}")
+    ] = None
     model: Annotated[
         str | None,
         Field(description="folder, hub id, or 'demo' (default: Synthia-v3.0-11B with a GPU, demo without)"),

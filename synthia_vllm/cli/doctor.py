@@ -54,9 +54,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield Finding("Python", "ok", f"{platform.python_version()} on {platform.platform()}")
     cpu = _cpu_flags()
     yield Finding("CPU", "ok", f"{machine.cpus} cores, {', '.join(cpu) or 'no vector extensions known'}")
-    yield Finding(
-        "memory", "ok", f"{machine.memory_available / GIB:.1f} of {machine.memory_total / GIB:.1f} GiB free"
-    )
+    yield Finding("memory", "ok", f"{machine.memory_available / GIB:.1f} of {machine.memory_total / GIB:.1f} GiB free")
     gpus = ", ".join(f"{gpu.name} ({gpu.memory_free / GIB:.0f} GiB free)" for gpu in machine.gpus)
     yield Finding("GPU", "ok", gpus or "none (no NVIDIA driver answers); the engine runs on the CPU")
     yield _engine_package(bool(machine.gpus))

@@ -49,10 +49,13 @@ def preload_libraries() -> dict[str, Path | None]:
 
     tcmalloc is Debian's `libtcmalloc-minimal4`; libiomp5 comes with `intel-openmp` into the environment.
     """
-    folders = [Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib/aarch64-linux-gnu"), Path("/usr/lib64"), Path("/usr/lib")]
-    tcmalloc = next(
-        (found for folder in folders for found in sorted(folder.glob("libtcmalloc_minimal.so*"))), None
-    )
+    folders = [
+        Path("/usr/lib/x86_64-linux-gnu"),
+        Path("/usr/lib/aarch64-linux-gnu"),
+        Path("/usr/lib64"),
+        Path("/usr/lib"),
+    ]
+    tcmalloc = next((found for folder in folders for found in sorted(folder.glob("libtcmalloc_minimal.so*"))), None)
     openmp = Path(sys.prefix, "lib", "libiomp5.so")
     return {"tcmalloc": tcmalloc, "libiomp5": openmp if openmp.exists() else None}
 

@@ -38,9 +38,7 @@ class Synthia:
         self.llm = _start(plan.arguments, options)
         self._template = template_path(settings.prompt.style).read_text(encoding="utf-8")
 
-    def chat(
-        self, messages: Messages | Sequence[Messages], *, system: str | None = None, **sampling: Any
-    ) -> Any:
+    def chat(self, messages: Messages | Sequence[Messages], *, system: str | None = None, **sampling: Any) -> Any:
         """Replies to one conversation (a text) or to many (a list of texts, in order).
 
         `system` is a preset's name (`tot`) or a text, for conversations without a system message. `sampling` are

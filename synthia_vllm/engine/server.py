@@ -69,6 +69,7 @@ async def _serve(settings: Settings, plan: EnginePlan, sock: socket.socket, on_r
             on_ready,
         )
         app.state.server = server  # vLLM's error handlers stop the server through it when the engine is dead
+        await _warm_up(engine)
         watch = asyncio.create_task(_watch_engine(engine, server))
         try:
             with _signals(server):
@@ -90,6 +91,14 @@ async def engine_app(args: Any) -> AsyncGenerator[tuple[Any, Any], None]:
         app = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)
         yield engine, app
+
+
+async def _warm_up(engine: Any) -> None:
+    """Generates two tokens: the first request of a new engine pays for kernels that are built on first use."""
+    from vllm import SamplingParams
+
+    async for _ in engine.generate([1], SamplingParams(max_tokens=2, top_k=50), "synthia-warm-up"):
+        pass
 
 
 def parse_arguments(arguments: list[str]) -> Any:

@@ -23,7 +23,7 @@ _PHASES = (
     ("Warming up model", "warming up"),
     ("GPU KV cache size", "allocating the KV cache"),
     ("CPU KV cache size", "allocating the KV cache"),
-    ("init engine", "starting the HTTP server"),
+    ("init engine", "warming up and starting the HTTP server"),
 )
 _POLL_S = 0.2
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")

@@ -1,6 +1,5 @@
 """The stack: what every request passes on its way to an engine, outermost layer first."""
 
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp
 
 from synthia_vllm.gateway.contract import Contract
@@ -9,7 +8,6 @@ from synthia_vllm.settings import Settings
 
 
 def build_gateway(upstream: ASGIApp, settings: Settings) -> ASGIApp:
-    """The layers of DESIGN around an upstream, itself an ASGI app (vLLM's own, or a proxy to replicas)."""
-    app: ASGIApp = Contract(upstream, role_markers=settings.prompt.role_markers)
-    app = RequestBodyLimitMiddleware(app, settings.max_body_bytes)
-    return Routes(app)
+    """Our layers around an upstream, itself an ASGI app (vLLM's own, or a proxy to replicas)."""
+    contract = Contract(upstream, role_markers=settings.prompt.role_markers, max_body_bytes=settings.max_body_bytes)
+    return Routes(contract)

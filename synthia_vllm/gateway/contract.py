@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from synthia_vllm.errors import BodyTooLarge, MalformedBody, RequestError
-from synthia_vllm.gateway.dialects import DIALECTS, Dialect, Exchange
+from synthia_vllm.gateway.dialects import DIALECTS, Exchange
 from synthia_vllm.gateway.replies import header, send_error
 from synthia_vllm.prompt import MarkerPolicy
 
+DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 _DROPPED_HEADERS = (b"content-length", b"transfer-encoding", b"x-vllm-priority")
 
 
@@ -27,15 +27,18 @@ class Contract:
     not. `/v1/completions` and the token routes only have their JSON checked; their bytes are passed on as they are.
     """
 
-    def __init__(self, app: ASGIApp, *, role_markers: MarkerPolicy = "allow") -> None:
+    def __init__(
+        self, app: ASGIApp, *, role_markers: MarkerPolicy = "allow", max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    ) -> None:
         self.app = app
         self.role_markers = role_markers
+        self.max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         try:
-            body = await read_body(scope, receive)
+            body = await read_body(scope, receive, self.max_body_bytes)
             if body is None:
                 return None
             request = decode_object(body)
@@ -44,7 +47,7 @@ class Contract:
                 return await self.app(scope, replay(body, receive), send)
             exchange = dialect(request, role_markers=self.role_markers)
         except RequestError as error:
-            return await send_error(error, scope, receive, send)
+            return await send_error(error, send)
         await self._converse(exchange, scope, receive, send)
 
     async def _converse(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,21 +125,21 @@ class ContractReply:
         await self._send({"type": "http.response.body", "body": body})
 
 
-async def read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """The whole body; None where the client has left. Raises BodyTooLarge when the limit layer outside says so."""
-    parts = []
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
+    """The whole body; None where the client has left. Raises BodyTooLarge over `limit` bytes, unread if announced."""
+    announced = header(scope, b"content-length")
+    if announced.isdigit() and int(announced) > limit:
+        raise BodyTooLarge(limit)
+    body = bytearray()
     while True:
-        try:
-            message = await receive()
-        except HTTPException as error:
-            if error.status_code != 413:
-                raise
-            raise BodyTooLarge(scope["starlette.max_body_size"]) from None
+        message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        parts.append(message.get("body", b""))
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise BodyTooLarge(limit)
         if not message.get("more_body", False):
-            return b"".join(parts)
+            return bytes(body)
 
 
 def decode_object(body: bytes) -> dict[str, Any]:

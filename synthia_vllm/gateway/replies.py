@@ -1,19 +1,26 @@
-"""Small helpers that every layer shares: answering with an error, naming a header."""
+"""Small helpers that the layers share: answering, reading a header."""
+
+from typing import Any
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Scope, Send
 
 from synthia_vllm.errors import RequestError
 
 
-async def send_error(error: RequestError, scope: Scope, receive: Receive, send: Send) -> None:
+async def send_error(error: RequestError, send: Send) -> None:
     """Answers with an error in OpenAI's shape."""
-    body = msgspec.json.encode(error.body())
+    await send_json(error.status, error.body(), send)
+
+
+async def send_json(status: int, value: Any, send: Send) -> None:
+    """Answers with a JSON value."""
+    body = msgspec.json.encode(value)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def header(scope_or_message: Scope, name: bytes) -> bytes:
+def header(holder: Scope | Message, name: bytes) -> bytes:
     """A header's value, empty if absent; `name` in lower case, as ASGI has it."""
-    return next((value for key, value in scope_or_message["headers"] if key.lower() == name), b"")
+    return next((value for key, value in holder["headers"] if key.lower() == name), b"")

@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 Style = Literal["card", "script"]
 Message = Mapping[str, Any]
 
-# How each style opens a turn that is not the first thing in the prompt.
-_TURN = {
-    "card": re.compile(r"(?:\A|\n)(USER|ASSISTANT|SYSTEM):(?: |(?=\n)|\Z)"),
-    "script": re.compile(r"(?:\A| \n)(USER|ASSISTANT|SYSTEM): "),
-}
-
 
 def template_path(style: Style = "card") -> Path:
     """The Jinja file of a style, for vLLM's `--chat-template`."""
@@ -62,7 +56,7 @@ def parse(text: str, *, style: Style = "card", bos_token: str = "", turn_end: st
     model can't tell either). Raises ValueError for a text that does not start with a role marker.
     """
     text = text.removeprefix(bos_token)
-    marks = list(_TURN[style].finditer(text))
+    marks = list(_turn(style, turn_end).finditer(text))
     if not marks or marks[0].start() != 0:
         raise ValueError("a Synthia prompt starts with 'SYSTEM:', 'USER:' or 'ASSISTANT:'")
     messages = []
@@ -75,6 +69,15 @@ def parse(text: str, *, style: Style = "card", bos_token: str = "", turn_end: st
             content = content.removesuffix(turn_end)
         messages.append({"role": role, "content": content})
     return messages
+
+
+@lru_cache
+def _turn(style: Style, turn_end: str) -> "re.Pattern[str]":
+    """How a style opens a turn. In style `card` nothing follows the colon of an empty content."""
+    if style == "script":
+        return re.compile(r"(?:\A| \n)(USER|ASSISTANT|SYSTEM): ")
+    empty = rf"(?=\n|\Z|{re.escape(turn_end)}(?:\n|\Z))"
+    return re.compile(rf"(?:\A|\n)(USER|ASSISTANT|SYSTEM):(?: |{empty})")
 
 
 @lru_cache

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
+from synthia_vllm.errors import RequestError
 from synthia_vllm.gateway.dialects.base import Exchange
 from synthia_vllm.prompt import STOP_STRINGS, MarkerPolicy
 
@@ -28,12 +31,9 @@ class Messages(CountTokens):
 
     def __init__(self, request: dict[str, Any], *, role_markers: MarkerPolicy) -> None:
         super().__init__(request, role_markers=role_markers)
-        given_length = request.get("max_tokens")
+        if request.get("max_tokens") is None:
+            raise RequestError("max_tokens is required by the messages API", param="max_tokens")
         self.add_defaults()
-        if given_length is None:
-            # Anthropic demands it: the engine's own error names the field.
-            self.drop_length()
-            self.defaulted_length = False
         self._own = self.merge_stops()
 
     def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any] | None]:
@@ -78,7 +78,5 @@ class Messages(CountTokens):
 
 def encode_delta(index: int, text: str) -> bytes:
     """A text delta in Anthropic's stream, as the data line of an event."""
-    import msgspec
-
     delta = {"type": "content_block_delta", "index": index, "delta": {"type": "text_delta", "text": text}}
     return b"data: " + msgspec.json.encode(delta) + b"\n\n"

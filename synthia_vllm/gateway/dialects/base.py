@@ -43,9 +43,11 @@ class Exchange:
         self.stops: tuple[str, ...] = STOP_STRINGS  # what the reply's text is cut at
         self._role_markers = role_markers
         self._filters: dict[int, ReplyFilter] = {}
-        # Ours to decide: a second BOS, another template or its variables would leave the format.
+
+    def drop_fields(self) -> None:
+        """Takes out what is ours to decide: a second BOS, another template or its variables would leave the format."""
         for field in ("add_special_tokens", "chat_template", "chat_template_kwargs", "priority"):
-            request.pop(field, None)
+            self.request.pop(field, None)
 
     def drop_length(self) -> None:
         """Takes our default length back."""
@@ -114,6 +116,7 @@ class Exchange:
 
     def check_messages(self, messages: Any, param: str) -> list[dict[str, Any]]:
         """Checks roles and contents, and applies the policy on role markers to what users wrote."""
+        self.drop_fields()
         if not isinstance(messages, list) or not messages:
             raise RequestError(f"{param} is a list of at least one message", param=param)
         for index, message in enumerate(messages):
@@ -122,9 +125,7 @@ class Exchange:
                 raise RequestError(f"{where} is an object with role and content", param=where)
             role = message.get("role")
             if role not in _ROLES:
-                raise RequestError(
-                    f"{where}.role {role!r}: Synthia knows {', '.join(_ROLES)}", param=f"{where}.role"
-                )
+                raise RequestError(f"{where}.role {role!r}: Synthia knows {', '.join(_ROLES)}", param=f"{where}.role")
             if message.get("tool_calls"):
                 raise RequestError("Synthia's prompt format has no tool calls", param=f"{where}.tool_calls")
             message["content"] = self._check_content(message.get("content"), role, f"{where}.content")

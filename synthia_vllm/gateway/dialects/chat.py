@@ -90,11 +90,7 @@ class Tokenize(ChatExchange):
     """POST /tokenize: the ids that a chat request would be sent to the engine with; a plain prompt is left alone."""
 
     def __init__(self, request: dict[str, Any], *, role_markers: MarkerPolicy) -> None:
-        if "messages" not in request:
-            plain = dict(request)
-            super().__init__(request, role_markers=role_markers)
-            request.update(plain)
-            return
         super().__init__(request, role_markers=role_markers)
-        self.refuse_tools()
-        self.prepare_messages()
+        if "messages" in request:
+            self.refuse_tools()
+            self.prepare_messages()

@@ -28,6 +28,7 @@ class Responses(Exchange):
         given = self.request.get("input")
         has_system = bool(self.request.get("instructions"))
         if isinstance(given, str):
+            self.drop_fields()
             self.request["input"] = self._check_content(given, "user", "input")
         else:
             if isinstance(given, list):
@@ -62,11 +63,10 @@ class Responses(Exchange):
             self._clean_item(chunk["item"])
         elif "response" in chunk:
             self._clean_response(chunk["response"])
+        number = chunk["sequence_number"] - self._dropped
+        for offset, sent in enumerate(out):
+            sent["sequence_number"] = number + offset
         self._dropped += 1 - len(out)
-        for extra, sent in enumerate(out):
-            sent["sequence_number"] = chunk["sequence_number"] - self._dropped if extra + 1 == len(out) else (
-                chunk["sequence_number"] - self._dropped - 1
-            )
         return out
 
     def event(self, event: bytes) -> bytes:

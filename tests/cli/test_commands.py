@@ -1,0 +1,76 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from synthia_vllm.cli import COMMANDS, cli
+from synthia_vllm.cli.serve import split_options
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "vllm", "ray", "transformers")
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "synthia_vllm", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "statement", ["import synthia_vllm", "from synthia_vllm.cli import cli; cli(['--help'], standalone_mode=False)"]
+)
+def test_import_and_help_stay_light(statement: str) -> None:
+    code = f"{statement}\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "synthia-vllm" in done.stdout
+
+
+def test_an_unknown_command_is_refused() -> None:
+    assert CliRunner().invoke(cli, ["nonsense"]).exit_code == 2
+
+
+def test_a_public_address_is_refused_without_keys() -> None:
+    done = run("serve", "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 2
+    assert "--insecure" in done.stderr
+
+
+def test_a_taken_port_is_known_before_anything_loads() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("serve", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2
+    assert "in use" in done.stderr
+
+
+def test_vllms_options_follow_two_dashes() -> None:
+    assert split_options(["--port", "1", "--", "--max-num-seqs", "8"]) == (["--port", "1"], ["--max-num-seqs", "8"])
+
+
+def test_doctor_finds_what_would_stop_serve() -> None:
+    done = run("doctor", "--model", "/nowhere", "--port", "0")
+    assert done.returncode == 1
+    assert "no such folder" in done.stdout
+    assert run("doctor", "--model", "demo", "--port", "0").returncode == 0
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
+def test_the_docs_name_only_commands_that_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^\s*make ([a-z0-9]+)", text, re.MULTILINE)) <= targets
+    assert set(re.findall(r"`make ([a-z0-9]+)", text)) <= targets
+    assert set(re.findall(r"synthia-vllm ([a-z]+)\b", text)) <= COMMANDS.keys()
+    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert (ROOT / f"{module.replace('.', '/')}.py").exists()

@@ -1,0 +1,44 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from synthia_vllm.engine.arguments import default_model, plan_engine
+from synthia_vllm.engine.hardware import GIB, Gpu, Machine
+from synthia_vllm.errors import SetupError
+from synthia_vllm.settings import Settings
+from tests.engine.test_memory import machine, write_model
+
+
+def settings(folder: Path, **groups: Any) -> Settings:
+    return Settings(model=str(write_model(folder)), **groups)
+
+
+def test_the_model_follows_the_hardware() -> None:
+    assert default_model(machine(24)) == "demo"
+    assert default_model(machine(24, gpu_gib=80)) == "migtissera/Synthia-v3.0-11B"
+
+
+def test_a_cpu_gets_eager_mode_and_its_tuning(tmp_path: Path) -> None:
+    plan = plan_engine(settings(tmp_path), machine(24))
+    assert "--enforce-eager" in plan.arguments
+    assert plan.environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+    assert "libiomp5" in plan.environment["LD_PRELOAD"]
+    assert "--enforce-eager" not in plan_engine(settings(tmp_path, engine={"compile": True}), machine(24)).arguments
+
+
+def test_gpus_share_the_model_as_far_as_its_heads_divide(tmp_path: Path) -> None:
+    gpu = Gpu("GPU", 80 * GIB, 80 * GIB)
+    plan = plan_engine(settings(tmp_path), Machine(8, 64 * GIB, 64 * GIB, (gpu,) * 3))
+    at = plan.arguments.index("--tensor-parallel-size")
+    assert plan.arguments[at + 1] == "2"
+    assert "LD_PRELOAD" not in plan.environment
+
+
+def test_vllms_own_options_come_last_and_win(tmp_path: Path) -> None:
+    assert plan_engine(settings(tmp_path), machine(24), ["--dtype", "float32"]).arguments[-2:] == ["--dtype", "float32"]
+
+
+def test_a_context_over_the_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="made for 4096"):
+        plan_engine(settings(tmp_path, engine={"max_model_len": 5000}), machine(24))
