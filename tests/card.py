@@ -1,5 +1,6 @@
 """The model card's Python, run as it is written: what the card builds as prompts and takes as answers."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +45,8 @@ def run_card_loop(system: str | None, users: list[str], answers: list[str], fold
         "conversation": "" if system is None else f"SYSTEM: {system}",
     }
     assert first_line.startswith('"SYSTEM: Elaborate')
-    try:
+    with contextlib.suppress(StopIteration):
         exec(compile(loop, "model card", "exec"), scope)
-    except StopIteration:
-        pass
     return prompts
 
 

@@ -41,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
             time.sleep(0.2)
         yield RunningServer(found.group(1), process.pid, out.read_text(), log)
     finally:
-        if process.poll() is None:
+        if process.returncode is None and process.poll() is None:
             os.kill(process.pid, signal.SIGTERM)
             try:
                 process.wait(90)

@@ -1,8 +1,10 @@
 """vLLM's command line and environment from our settings and this machine."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from synthia_vllm.engine.demo import NAME as DEMO_NAME
 from synthia_vllm.engine.demo import demo_model
@@ -10,12 +12,11 @@ from synthia_vllm.engine.hardware import Machine, preload_libraries
 from synthia_vllm.engine.memory import check_gpu_memory, choose_kv_bytes, read_geometry
 from synthia_vllm.engine.plugin import ENGINE_VARIABLE
 from synthia_vllm.errors import SetupError
-from synthia_vllm.prompt import MODEL_ALIASES, STOP_STRINGS, template_path
+from synthia_vllm.prompt import MAX_CLIENT_STOPS, MODEL_ALIASES, STOP_STRINGS, template_path
 from synthia_vllm.settings import Settings
 
 SYNTHIA = "migtissera/Synthia-v3.0-11B"
 DEMO = "demo"
-_STOPS_OF_CLIENTS = 16
 
 
 @dataclass
@@ -43,7 +44,7 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
     Raises SetupError where the model is missing, is no Llama architecture, or does not fit.
     """
     asked = settings.model or default_model(machine)
-    model = str(demo_model()) if asked == DEMO else os.path.expanduser(asked)
+    model = str(demo_model()) if asked == DEMO else str(Path(asked).expanduser()) if asked.startswith("~") else asked
     name = DEMO_NAME if asked == DEMO else asked
     arguments = [
         *("--model", model),
@@ -56,12 +57,12 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         "--enable-request-id-headers",
     ]
     if settings.prompt.turn_end:
-        arguments += ["--default-chat-template-kwargs", f'{{"turn_end": {_json(settings.prompt.turn_end)}}}']
+        arguments += ["--default-chat-template-kwargs", json.dumps({"turn_end": settings.prompt.turn_end})]
     if settings.engine.max_model_len:
         arguments += ["--max-model-len", str(settings.engine.max_model_len)]
     environment = {
         ENGINE_VARIABLE: "1",
-        "VLLM_MAX_STOP_STRINGS": str(len(STOP_STRINGS) + _STOPS_OF_CLIENTS),
+        "VLLM_MAX_STOP_STRINGS": str(len(STOP_STRINGS) + MAX_CLIENT_STOPS),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
@@ -107,9 +108,3 @@ def cpu_environment() -> dict[str, str]:
 def _most_gpus(count: int, heads: int) -> int:
     """The most GPUs that divide the attention heads evenly."""
     return next(gpus for gpus in range(count, 0, -1) if heads % gpus == 0)
-
-
-def _json(text: str) -> str:
-    import json
-
-    return json.dumps(text)

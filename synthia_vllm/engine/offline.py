@@ -6,6 +6,7 @@ from typing import Any
 
 from synthia_vllm.engine.arguments import plan_engine
 from synthia_vllm.engine.hardware import inspect_machine
+from synthia_vllm.engine.tokens import bos_lead
 from synthia_vllm.prompt import SAMPLING_DEFAULTS, STOP_STRINGS, SYSTEM_PROMPTS, clean, template_path
 from synthia_vllm.settings import EngineSettings, PromptSettings, Settings
 
@@ -36,6 +37,10 @@ class Synthia:
         plan.apply_environment()
         self.settings = settings
         self.llm = _start(plan.arguments, options)
+        self._template_kwargs = {
+            "bos_lead": bos_lead(self.llm.get_tokenizer()),
+            "turn_end": settings.prompt.turn_end,
+        }
         self._template = template_path(settings.prompt.style).read_text(encoding="utf-8")
 
     def chat(self, messages: Messages | Sequence[Messages], *, system: str | None = None, **sampling: Any) -> Any:
@@ -53,7 +58,7 @@ class Synthia:
             self._sampling(sampling),
             chat_template=self._template,
             chat_template_content_format="string",
-            chat_template_kwargs={"turn_end": self.settings.prompt.turn_end},
+            chat_template_kwargs=self._template_kwargs,
             add_generation_prompt=not going_on,
             continue_final_message=going_on,
             use_tqdm=not single,

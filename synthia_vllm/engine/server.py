@@ -6,6 +6,7 @@ parser) was checked on 0.29.0; `tests/engine/test_vllm_seams.py` fails when it m
 
 import asyncio
 import contextlib
+import inspect
 import math
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from synthia_vllm.engine.arguments import EnginePlan
+from synthia_vllm.engine.tokens import bos_lead
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.app import build_gateway
 from synthia_vllm.settings import Settings
@@ -52,7 +54,8 @@ def run(settings: Settings, plan: EnginePlan, sock: socket.socket, on_ready: Cal
     import uvloop
 
     plan.apply_environment()
-    return uvloop.run(_serve(settings, plan, sock, on_ready))
+    code: int = uvloop.run(_serve(settings, plan, sock, on_ready))
+    return code
 
 
 async def _serve(settings: Settings, plan: EnginePlan, sock: socket.socket, on_ready: Callable[[], None]) -> int:
@@ -88,9 +91,16 @@ async def engine_app(args: Any) -> AsyncGenerator[tuple[Any, Any], None]:
 
     async with build_async_engine_client(args) as engine:
         tasks = await engine.get_supported_tasks()
+        template = {"bos_lead": bos_lead(await _tokenizer(engine))}
+        args.default_chat_template_kwargs = template | (args.default_chat_template_kwargs or {})
         app = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)
         yield engine, app
+
+
+async def _tokenizer(engine: Any) -> Any:
+    found = engine.get_tokenizer()
+    return await found if inspect.isawaitable(found) else found
 
 
 async def _warm_up(engine: Any) -> None:

@@ -48,7 +48,7 @@ class Contract:
             exchange = dialect(request, role_markers=self.role_markers)
         except RequestError as error:
             return await send_error(error, send)
-        await self._converse(exchange, scope, receive, send)
+        return await self._converse(exchange, scope, receive, send)
 
     async def _converse(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Asks upstream; once more where only our own default for the reply's length made the request too long."""

@@ -5,6 +5,7 @@ Python example (style `script`). Imports neither torch nor vLLM nor anything els
 """
 
 from synthia_vllm.prompt.contract import (
+    MAX_CLIENT_STOPS,
     MODEL_ALIASES,
     SAMPLING_DEFAULTS,
     STOP_STRINGS,
@@ -17,6 +18,7 @@ from synthia_vllm.prompt.format import Style, parse, render, template_path
 from synthia_vllm.prompt.reply import ReplyFilter, clean
 
 __all__ = [
+    "MAX_CLIENT_STOPS",
     "MODEL_ALIASES",
     "SAMPLING_DEFAULTS",
     "STOP_STRINGS",

@@ -8,6 +8,9 @@ from typing import Literal
 # from its text leaves no trailing blank behind.
 STOP_STRINGS: tuple[str, ...] = ("\nUSER:", " USER:", "USER:", "\nSYSTEM:", " SYSTEM:", "SYSTEM:")
 
+# A client's own stop strings, beside ours.
+MAX_CLIENT_STOPS = 16
+
 # The card's `generate_text`: temperature, top_p, top_k and `generate_len`, in OpenAI's names.
 SAMPLING_DEFAULTS: Mapping[str, float] = {"temperature": 0.75, "top_p": 1.0, "top_k": 50, "max_tokens": 1024}
 

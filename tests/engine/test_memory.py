@@ -70,7 +70,7 @@ def test_a_model_that_does_not_fit_says_what_would() -> None:
 
 
 def test_a_kv_cache_under_one_context_or_over_memory_is_refused() -> None:
-    with pytest.raises(SetupError, match="needs 0.75"):
+    with pytest.raises(SetupError, match=r"needs 0\.75"):
         choose_kv_bytes(SYNTHIA, 4096, machine(64), 0.5)
     with pytest.raises(SetupError, match="only"):
         choose_kv_bytes(SYNTHIA, 4096, machine(64), 60)

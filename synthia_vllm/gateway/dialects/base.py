@@ -7,6 +7,7 @@ import msgspec
 
 from synthia_vllm.errors import RequestError
 from synthia_vllm.prompt import (
+    MAX_CLIENT_STOPS,
     MODEL_ALIASES,
     SAMPLING_DEFAULTS,
     STOP_STRINGS,
@@ -18,8 +19,6 @@ from synthia_vllm.prompt import (
     find_marker,
 )
 
-# A client's own stop strings, beside ours (vLLM counts both: VLLM_MAX_STOP_STRINGS).
-MAX_CLIENT_STOPS = 16
 _ROLES = ("system", "developer", "user", "assistant")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 

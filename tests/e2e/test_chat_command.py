@@ -1,0 +1,46 @@
+"""`synthia-vllm chat` on a real terminal, against the real server."""
+
+import json
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tests.conftest import RunningServer
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_conversation_on_a_terminal(server: RunningServer, tmp_path: Path) -> None:
+    words = ["-m", "synthia_vllm", "chat", "--url", server.url, "--max-tokens", "2000"]
+    child = pexpect.spawn(sys.executable, words, cwd=str(tmp_path), encoding="utf-8", timeout=60, dimensions=(40, 200))
+    child.expect("You: ")
+    child.sendline("/system Be brief.")
+    child.expect("system: Be brief")
+    child.sendline("Tell me a very long story about whales.")
+    child.expect(r"\w+ \w+ \w+ \w+")
+    child.expect("You: ", timeout=120) if child.expect([r"\w+ \w+", "You: "]) == 1 else child.sendintr()
+    child.sendline("/save talk.json")
+    child.expect("saved to talk.json")
+    child.sendline("/quit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    (line,) = (tmp_path / "Synthia-v3.0-11B-conversations.jsonl").read_text().splitlines()
+    turn = json.loads(line)
+    assert turn["prompt"] == "Tell me a very long story about whales."
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    assert saved[-1]["content"] == turn["answer"] != ""
+
+
+def test_lines_of_a_pipe(server: RunningServer, tmp_path: Path) -> None:
+    child = pexpect.run(
+        f"sh -c 'printf \"hi\\nand you?\\n\" | {sys.executable} -m synthia_vllm chat --url {server.url} --max-tokens 10'",
+        cwd=str(tmp_path),
+        timeout=120,
+        withexitstatus=True,
+    )
+    assert child[1] == 0
+    assert len((tmp_path / "Synthia-v3.0-11B-conversations.jsonl").read_text().splitlines()) == 2
