@@ -12,6 +12,7 @@ ours       `synthia-vllm serve`
 """
 
 import asyncio
+import io
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ LOADS = (
         "openai",
         "/v1/completions",
         64,
-        192,
+        128,
         OUTPUT_TOKENS,
         "output_throughput",
         {},
@@ -76,7 +77,7 @@ LOADS = (
         "openai-chat",
         "/v1/chat/completions",
         64,
-        192,
+        128,
         OUTPUT_TOKENS,
         "output_throughput",
         {**_CARD, "min_tokens": OUTPUT_TOKENS},
@@ -112,7 +113,10 @@ def main(model: str, rounds: int, kv_cache_gib: float, output: Path) -> None:
         for number in range(-1, rounds):  # round -1 warms up and is not counted
             for load in LOADS:
                 for name, url in urls.items():
-                    figure = asyncio.run(measure(url, load, plan, number))
+                    if name == "untuned" and load is not LOADS[0]:
+                        continue
+                    requests = load.requests if number >= 0 else load.streams
+                    figure = asyncio.run(measure(url, replace(load, requests=requests), plan, number))
                     if number >= 0:
                         results[load.name].setdefault(name, []).append(figure)
             console.print(f"round {number + 1} of {rounds} done", highlight=False)
@@ -186,7 +190,7 @@ async def measure(url: str, load: Load, plan: EnginePlan, seed: int) -> float:
     words += ["--random-input-len", str(INPUT_TOKENS), "--random-output-len", str(load.output_tokens)]
     words += ["--num-prompts", str(load.requests), "--max-concurrency", str(load.streams), "--ignore-eos"]
     words += ["--disable-tqdm", "--num-warmups", "2", "--extra-body", json.dumps(dict(load.body))]
-    with Path(os.devnull).open("w") as quiet, redirect_stdout(quiet):
+    with redirect_stdout(io.StringIO()):
         result: dict[str, Any] = await main_async(parser.parse_args(words))
     if result["completed"] != load.requests:
         raise click.ClickException(f"{url}: {load.requests - result['completed']} requests of '{load.name}' failed")
@@ -224,9 +228,10 @@ def machine() -> dict[str, Any]:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    figures = Table("load", *next(iter(report["results"].values())), title="medians")
+    names = list(next(iter(report["results"].values())))
+    figures = Table("load", *names, title="medians")
     for load, servers in report["results"].items():
-        figures.add_row(load, *(f"{statistics.median(values):.1f}" for values in servers.values()))
+        figures.add_row(load, *(f"{statistics.median(servers[name]):.1f}" if name in servers else "" for name in names))
     console.print(figures)
     pairs = Table("pair", "median", "least", "greatest", title="within each round")
     for name, values in report["ratios"].items():
