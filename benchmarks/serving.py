@@ -102,6 +102,7 @@ PAIRS = (("ours", "default"), ("ours", "tuned"), ("untuned", "tuned"))
 def main(model: str, rounds: int, kv_cache_gib: float, output: Path) -> None:
     """Measure ours, vLLM as started by default and vLLM tuned as we do, side by side."""
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
     settings = Settings(model=model, engine=EngineSettings(max_model_len=2048, kv_cache_gib=kv_cache_gib))
     plan = plan_engine(settings, inspect_machine())
     results: dict[str, dict[str, list[float]]] = {load.name: {} for load in LOADS}
@@ -237,6 +238,13 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     for name, values in report["ratios"].items():
         pairs.add_row(name, *(str(value) for value in values.values()))
     console.print(pairs)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table that the README quotes."""
+    head = "| pair, in one run | median | least | greatest |\n|---|---|---|---|\n"
+    rows = (f"| {name} | {v['median']} | {v['min']} | {v['max']} |\n" for name, v in report["ratios"].items())
+    return head + "".join(rows)
 
 
 def _healthy(url: str) -> bool:

@@ -46,8 +46,9 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point. An error of ours is one line and exit code 2; Ctrl-C is 130."""
+    own, vllm_options = split_options(sys.argv[1:])
     try:
-        cli(prog_name="synthia-vllm", standalone_mode=False)
+        cli(own, prog_name="synthia-vllm", standalone_mode=False, obj=vllm_options)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -56,3 +57,11 @@ def main() -> None:
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+
+
+def split_options(words: list[str]) -> tuple[list[str], list[str]]:
+    """Ours, and what comes after `--` for vLLM."""
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]

@@ -20,20 +20,10 @@ PROG = "synthia-vllm serve"
     "serve", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
 )
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def command(words: tuple[str, ...]) -> None:
+@click.pass_obj
+def command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
     """Serve the model on this machine."""
-    # click swallows the first `--`; only sys.argv knows where vLLM's own options begin.
-    given = sys.argv[sys.argv.index("serve") + 1 :] if "serve" in sys.argv else list(words)
-    own, vllm_options = split_options(given)
-    sys.exit(serve(load_settings(own, prog=PROG), vllm_options))
-
-
-def split_options(words: list[str]) -> tuple[list[str], list[str]]:
-    """Ours, and what comes after `--` for vLLM."""
-    if "--" not in words:
-        return words, []
-    at = words.index("--")
-    return words[:at], words[at + 1 :]
+    sys.exit(serve(load_settings(words, prog=PROG), vllm_options or []))
 
 
 def serve(settings: Settings, vllm_options: list[str]) -> int:

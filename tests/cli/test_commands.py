@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from synthia_vllm.cli import COMMANDS, cli
-from synthia_vllm.cli.serve import split_options
+from synthia_vllm.cli import COMMANDS, cli, split_options
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "vllm", "ray", "transformers")

@@ -30,7 +30,7 @@ def test_sigterm_lets_running_requests_finish_and_takes_no_new_ones(server: Runn
     reader.start()
     while len(lines) < 5:
         time.sleep(0.05)
-    os.kill(server.pid, signal.SIGTERM)
+    os.killpg(server.pid, signal.SIGTERM)  # to the whole group, as a terminal does with Ctrl-C
     time.sleep(1)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health")
