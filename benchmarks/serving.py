@@ -86,6 +86,7 @@ LOADS = (
     Load("chat, 1 stream: median TTFT, ms", "openai-chat", "/v1/chat/completions", 1, 20, 8, "median_ttft_ms", _CARD),
 )
 # Which server is held against which, and why.
+FIRST_LOAD_ONLY = ("default", "untuned")
 PAIRS = (("ours", "default"), ("ours", "tuned"), ("untuned", "tuned"))
 
 
@@ -102,19 +103,20 @@ PAIRS = (("ours", "default"), ("ours", "tuned"), ("untuned", "tuned"))
 def main(model: str, rounds: int, kv_cache_gib: float, output: Path) -> None:
     """Measure ours, vLLM as started by default and vLLM tuned as we do, side by side."""
     console = Console()
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # of the load generator's part of vLLM, in this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
     settings = Settings(model=model, engine=EngineSettings(max_model_len=2048, kv_cache_gib=kv_cache_gib))
     plan = plan_engine(settings, inspect_machine())
     results: dict[str, dict[str, list[float]]] = {load.name: {} for load in LOADS}
     with ExitStack() as stack, tempfile.TemporaryDirectory() as logs:
         urls = {}
-        for name, (command, environment) in commands(plan, kv_cache_gib).items():
+        for name, (command, environment) in commands(model, plan, kv_cache_gib).items():
             console.print(f"starting {name}", highlight=False)
             urls[name] = stack.enter_context(running(name, command, environment, Path(logs)))
         for number in range(-1, rounds):  # round -1 warms up and is not counted
             for load in LOADS:
                 for name, url in urls.items():
-                    if name == "untuned" and load is not LOADS[0]:
+                    if load is not LOADS[0] and name in FIRST_LOAD_ONLY:
                         continue
                     requests = load.requests if number >= 0 else load.streams
                     figure = asyncio.run(measure(url, replace(load, requests=requests), plan, number))
@@ -128,12 +130,12 @@ def main(model: str, rounds: int, kv_cache_gib: float, output: Path) -> None:
     console.print(f"written to {output}", highlight=False)
 
 
-def commands(plan: EnginePlan, kv_cache_gib: float) -> dict[str, tuple[list[str], dict[str, str]]]:
+def commands(model: str, plan: EnginePlan, kv_cache_gib: float) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Command line and environment of each server, without its port."""
     plain = [sys.executable, "-m", VLLM_SERVER, "--model", plan.model, "--served-model-name", plan.name]
     plain += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(int(kv_cache_gib * 2**30))]
     tuned = [sys.executable, "-m", VLLM_SERVER, *plan.arguments]
-    ours = [sys.executable, "-m", "synthia_vllm", "serve", "--model", plan.model, "--log-file", "-"]
+    ours = [sys.executable, "-m", "synthia_vllm", "serve", "--model", model, "--log-file", "-"]
     ours += ["--engine.max-model-len", "2048", "--engine.kv-cache-gib", str(kv_cache_gib)]
     preload = plan.environment.get("LD_PRELOAD", "").split(":")
     without = ":".join(path for path in preload if "tcmalloc" not in path)
@@ -158,7 +160,7 @@ def running(name: str, command: list[str], environment: Mapping[str, str], logs:
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", **environment},
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1", **environment},
             stdout=stream,
             stderr=stream,
             start_new_session=True,

