@@ -1,6 +1,6 @@
 """How much our tuning gains and our layers cost, against plain vLLM on the same machine in the same run.
 
-    python -m benchmarks.serving [--rounds 3] [--model demo] [--output benchmarks/results/serving.json]
+    python -m benchmarks.serving [--rounds 5] [--model demo] [--output benchmarks/results/serving.json]
 
 Four servers are started and kept running; each round loads them one after the other, so that drift of the machine
 meets all alike. Load and metrics are vLLM's own `bench serve` code. Ratios are taken pair by pair within a round.
@@ -92,7 +92,7 @@ PAIRS = (("ours", "default"), ("ours", "tuned"), ("untuned", "tuned"))
 
 @click.command()
 @click.option("--model", default="demo", show_default=True, help="Folder, hub id or 'demo'.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved repeats.")
 @click.option("--kv-cache-gib", default=1.0, show_default=True, help="KV cache of each server.")
 @click.option(
     "--output",
@@ -115,7 +115,7 @@ def main(model: str, rounds: int, kv_cache_gib: float, output: Path) -> None:
             urls[name] = stack.enter_context(running(name, command, environment, Path(logs)))
         for number in range(-1, rounds):  # round -1 warms up and is not counted
             for load in LOADS:
-                for name, url in urls.items():
+                for name, url in rotated(list(urls.items()), number):  # no server is always the first
                     if load is not LOADS[0] and name in FIRST_LOAD_ONLY:
                         continue
                     requests = load.requests if number >= 0 else load.streams
@@ -128,6 +128,11 @@ def main(model: str, rounds: int, kv_cache_gib: float, output: Path) -> None:
     output.write_text(json.dumps(report, indent=1) + "\n")
     show(report, console)
     console.print(f"written to {output}", highlight=False)
+
+
+def rotated(items: list[tuple[str, str]], by: int) -> list[tuple[str, str]]:
+    at = by % len(items)
+    return items[at:] + items[:at]
 
 
 def commands(model: str, plan: EnginePlan, kv_cache_gib: float) -> dict[str, tuple[list[str], dict[str, str]]]:

@@ -28,16 +28,18 @@ def command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
 
 def serve(settings: Settings, vllm_options: list[str]) -> int:
     """Starts, serves, drains; returns the exit code."""
-    from synthia_vllm.engine.arguments import plan_engine
+    from synthia_vllm.engine.arguments import plan_engine, preload_once
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.engine.server import bind, check_exposure, run
     from synthia_vllm.engine.startup import Startup, cause, output_to
 
     check_exposure(settings)
+    machine = inspect_machine()
+    preload_once(machine)
     sock = bind(settings)
     port = sock.getsockname()[1]
     signal.signal(signal.SIGTERM, _interrupt)
-    plan = plan_engine(settings, inspect_machine(), vllm_options)
+    plan = plan_engine(settings, machine, vllm_options)
     log = _log_path(settings, port)
     with output_to(log) as terminal:
         console = Console(file=terminal, soft_wrap=True)

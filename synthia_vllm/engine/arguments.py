@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from synthia_vllm.settings import Settings
 
 SYNTHIA = "migtissera/Synthia-v3.0-11B"
 DEMO = "demo"
+# Set in a process that started itself anew, so that it does so once even where the loader ignores LD_PRELOAD.
+_RESTARTED = "SYNTHIA_RESTARTED"
 
 
 @dataclass
@@ -103,6 +106,17 @@ def cpu_environment() -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         "LD_PRELOAD": ":".join([*missing, *([given] if given else [])]),
     }
+
+
+def preload_once(machine: Machine) -> None:
+    """Starts this process anew with the preloaded libraries, if it has no GPU and runs without them.
+
+    The worker would have them anyway, being spawned; this is for the HTTP server, which shares its cores.
+    """
+    wanted = cpu_environment()["LD_PRELOAD"]
+    if machine.gpus or _RESTARTED in os.environ or wanted == os.environ.get("LD_PRELOAD", ""):
+        return
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, "LD_PRELOAD": wanted, _RESTARTED: "1"})
 
 
 def _most_gpus(count: int, heads: int) -> int:
