@@ -4,6 +4,7 @@ PORT ?= 8000
 MODEL ?=
 ARGS ?=
 K ?=
+UPGRADE ?= --upgrade
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,16 +41,16 @@ format: $(INSTALLED_DEV) ## Format the code
 bench: $(INSTALLED_DEV) ## Measure against plain vLLM, in one run (about 15 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
-lock: $(BIN)/python ## Make the lock files from pyproject.toml
+lock: $(BIN)/python ## Make the lock files from pyproject.toml; UPGRADE= keeps the pins that are there
 	$(BIN)/pip install --quiet uv
 	for engine in cpu cuda; do \
-	  $(BIN)/uv pip compile pyproject.toml --extra $$engine --extra demo --quiet --no-annotate --upgrade \
+	  $(BIN)/uv pip compile pyproject.toml --extra $$engine --extra demo --quiet --no-annotate $(UPGRADE) \
 	    --override requirements/overrides.txt --override requirements/overrides-$$engine.txt \
 	    $$(test $$engine = cpu && echo $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))) \
 	    --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \
 	    -o requirements/$$engine.txt && sed -i 's/+cpu$$//' requirements/$$engine.txt || exit 1; \
 	done
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --quiet --no-annotate --upgrade \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --quiet --no-annotate $(UPGRADE) \
 	  --constraint requirements/cpu.txt --custom-compile-command "make lock" --no-emit-index-url \
 	  -o requirements/dev.txt
 

@@ -3,12 +3,21 @@
 SynthiaError
 ├── RequestError (400)          what a client sent can't be served
 │   ├── MalformedBody (400)     not JSON, not UTF-8, not an object
+│   ├── Unauthorized (401)      no key, or one that is not known, revoked or expired
+│   ├── Forbidden (403)         a key that does not open this
 │   ├── NotFound (404)          no such route
 │   ├── MethodNotAllowed (405)
-│   └── BodyTooLarge (413)
+│   ├── BodyTimeout (408)       the body did not arrive in time
+│   ├── BodyTooLarge (413)
+│   ├── LimitExceeded (429)     this user's limit; tells when to come back
+│   ├── UpstreamLost (502)      the engine can't be reached, or broke off
+│   ├── Overloaded (503)        our overload: the queue is full or too slow; tells when to come back
+│   ├── QueueTimeout (503)      waited as long as was allowed
+│   └── UpstreamTimeout (504)
 └── SetupError                  the machine or the options can't serve; shown by the command, exit code 2
 """
 
+import math
 from typing import Any
 
 
@@ -22,10 +31,13 @@ class RequestError(SynthiaError):
     status = 400
     type = "invalid_request_error"
 
+    reason = "bad_request"  # one word, for metrics and logs
+
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.headers: list[tuple[bytes, bytes]] = []
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
@@ -39,10 +51,34 @@ class MalformedBody(RequestError):
         super().__init__(f"the request body is not valid JSON: {reason}", param="body")
 
 
+class Unauthorized(RequestError):
+    """No key, or none that opens anything. One text for all cases: it tells a guesser nothing."""
+
+    status = 401
+    type = "authentication_error"
+    reason = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a valid API key is needed: send `Authorization: Bearer sk-synthia-…` or `x-api-key`; "
+            "an operator makes one with `synthia-vllm keys create`"
+        )
+        self.headers = [(b"www-authenticate", b"Bearer")]
+
+
+class Forbidden(RequestError):
+    """A valid key that does not open this."""
+
+    status = 403
+    type = "permission_error"
+    reason = "forbidden"
+
+
 class NotFound(RequestError):
     """The route is not on the allow-list."""
 
     status = 404
+    reason = "not_found"
 
     def __init__(self, path: str) -> None:
         super().__init__(f"there is nothing at {path}; the routes are listed in the README")
@@ -52,18 +88,81 @@ class MethodNotAllowed(RequestError):
     """The route is there, for another method."""
 
     status = 405
+    reason = "not_found"
 
     def __init__(self, path: str, method: str) -> None:
         super().__init__(f"{path} is asked with {method}")
+
+
+class BodyTimeout(RequestError):
+    """The client stopped sending its body."""
+
+    status = 408
+    reason = "body_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no more of the body came for {seconds:g} s", param="body")
+        self.headers = [(b"connection", b"close")]
 
 
 class BodyTooLarge(RequestError):
     """The body is over the limit."""
 
     status = 413
+    reason = "body_too_large"
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"the request body is over {limit} bytes; raise --max-body-bytes or send less", param="body")
+
+
+class RetryLater(RequestError):
+    """Something that waiting cures; `retry_after` is in seconds and goes out rounded up, at least 1."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        seconds = max(1, math.ceil(retry_after))
+        super().__init__(f"{message}; try again in {seconds} s")
+        self.retry_after = retry_after
+        self.headers = [(b"retry-after", str(seconds).encode())]
+
+
+class LimitExceeded(RetryLater):
+    """A limit of this user."""
+
+    status = 429
+    type = "rate_limit_error"
+
+    def __init__(self, name: str, limit: int, retry_after: float) -> None:
+        super().__init__(f"your limit of {limit} {name.replace('_', ' ')} is reached", retry_after)
+        self.reason = name
+
+
+class Overloaded(RetryLater):
+    """More is asked of us than we can answer in time."""
+
+    status = 503
+    type = "overloaded_error"
+    reason = "overloaded"
+
+
+class QueueTimeout(Overloaded):
+    """Waited as long as the client or the operator allows."""
+
+    reason = "queue_timeout"
+
+
+class UpstreamLost(RequestError):
+    """The engine can't be reached, or broke off before its first byte."""
+
+    status = 502
+    type = "upstream_error"
+    reason = "upstream_lost"
+
+
+class UpstreamTimeout(UpstreamLost):
+    """The engine sent nothing for too long."""
+
+    status = 504
+    reason = "upstream_timeout"
 
 
 class SetupError(SynthiaError):

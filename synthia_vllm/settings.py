@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -60,6 +69,98 @@ class EngineSettings(BaseModel):
     ] = False
 
 
+class AccessSettings(BaseModel):
+    """Who may use the server."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: Annotated[
+        Literal["auto", "open", "keys"],
+        Field(
+            description="keys: every request needs one; open: none does; auto: open on this machine's own address only"
+        ),
+    ] = "auto"
+    database: Annotated[
+        str | None,
+        Field(
+            description="SQLAlchemy URL of keys and usage (default: SQLite in the data folder); PostgreSQL: "
+            "postgresql+psycopg://user@host/name"
+        ),
+    ] = None
+    secret: Annotated[
+        SecretStr | None,
+        Field(
+            description="what key hashes are keyed with (default: made once, in the data folder); the same everywhere"
+        ),
+    ] = None
+
+
+class LimitsSettings(BaseModel):
+    """Where users' limits are counted, and what holds for users without limits of their own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    redis: Annotated[
+        str | None, Field(description="redis://… shared by several gateways (default: counted in this process)")
+    ] = None
+    on_redis_loss: Annotated[
+        Literal["closed", "local"],
+        Field(description="closed: refuse with 503 while Redis is gone; local: each gateway counts for itself"),
+    ] = "local"
+    requests_per_minute: Annotated[PositiveInt | None, Field(description="default for users without their own")] = None
+    tokens_per_minute: Annotated[PositiveInt | None, Field(description="default for users without their own")] = None
+    concurrent_requests: Annotated[PositiveInt | None, Field(description="default for users without their own")] = None
+    tokens_per_month: Annotated[PositiveInt | None, Field(description="default for users without their own")] = None
+
+
+class FairSettings(BaseModel):
+    """How users share the engine (Virtual Token Counter, Sheng et al., OSDI 2024), and when it is overloaded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: Annotated[
+        Literal["vtc", "fcfs"], Field(description="vtc: the user served least goes first; fcfs: who came first")
+    ] = "vtc"
+    prompt_cost: Annotated[PositiveFloat, Field(description="cost of one prompt token")] = 1.0
+    generated_cost: Annotated[PositiveFloat, Field(description="cost of one generated token")] = 2.0
+    max_in_flight_tokens: Annotated[
+        PositiveInt | None, Field(description="tokens the engine holds at once (default: its KV cache, as it tells)")
+    ] = None
+    max_in_flight_requests: Annotated[
+        PositiveInt | None, Field(description="requests the engine runs at once (default: its max_num_seqs)")
+    ] = None
+    max_queued_requests: Annotated[PositiveInt, Field(description="more are refused with 503")] = 2048
+    max_queued_tokens: Annotated[PositiveInt, Field(description="more are refused with 503")] = 4_000_000
+    max_wait_s: Annotated[
+        PositiveFloat, Field(description="longest wait in the queue; X-Queue-Timeout-S can shorten it")
+    ] = 60.0
+    batch_ageing_s: Annotated[
+        PositiveFloat, Field(description="a batch request that waited so long goes before interactive ones")
+    ] = 30.0
+
+
+class LogSettings(BaseModel):
+    """The request log: one line a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Annotated[Literal["console", "json"], Field(description="for people or for machines")] = "console"
+    requests: Annotated[bool, Field(description="one line a request")] = True
+    texts: Annotated[bool, Field(description="prompts too: what users write, in the log")] = False
+
+
+class TimeoutSettings(BaseModel):
+    """Seconds that the network's edges get."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    headers: Annotated[PositiveFloat, Field(description="from the connection's start to the end of the headers")] = 10.0
+    body: Annotated[PositiveFloat, Field(description="without another byte of the body")] = 20.0
+    idle: Annotated[PositiveFloat, Field(description="between two requests on a connection")] = 30.0
+    upstream_connect: Annotated[PositiveFloat, Field(description="to connect to an upstream")] = 5.0
+    upstream_read: Annotated[PositiveFloat, Field(description="without another byte from an upstream")] = 300.0
+
+
 class Settings(BaseSettings):
     """Serve Synthia on this machine: an OpenAI- and Anthropic-compatible server that speaks the Synthia format."""
 
@@ -85,6 +186,15 @@ class Settings(BaseSettings):
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
     insecure: Annotated[bool, Field(description="allow an address that others can reach, without keys")] = False
+    upstream: Annotated[
+        list[str], Field(description="`gateway` only: URL of an OpenAI-compatible engine; may be given several times")
+    ] = []
+    tokenizer: Annotated[
+        str | None,
+        Field(
+            description="`gateway` only: folder with the engine's tokenizer.json, to count prompts (default: estimate)"
+        ),
+    ] = None
     drain_timeout: Annotated[
         NonNegativeFloat, Field(description="seconds that running requests get to finish after SIGTERM")
     ] = 60.0
@@ -94,6 +204,11 @@ class Settings(BaseSettings):
     ] = None
     prompt: PromptSettings = PromptSettings()
     engine: EngineSettings = EngineSettings()
+    access: AccessSettings = AccessSettings()
+    limits: LimitsSettings = LimitsSettings()
+    fair: FairSettings = FairSettings()
+    timeouts: TimeoutSettings = TimeoutSettings()
+    log: LogSettings = LogSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -1,5 +1,6 @@
 """Small helpers that the layers share: answering, reading a header."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -10,13 +11,17 @@ from synthia_vllm.errors import RequestError
 
 async def send_error(error: RequestError, send: Send) -> None:
     """Answers with an error in OpenAI's shape."""
-    await send_json(error.status, error.body(), send)
+    await send_json(error.status, error.body(), send, error.headers)
 
 
-async def send_json(status: int, value: Any, send: Send) -> None:
+async def send_json(status: int, value: Any, send: Send, more_headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Answers with a JSON value."""
     body = msgspec.json.encode(value)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *more_headers,
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -1,0 +1,36 @@
+"""Who asks, and what they may: the facts about a user that the layers act on."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Priority = Literal["interactive", "batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class UserLimits:
+    """What one user may use; None is unlimited. Tokens are prompt and generated tokens together."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    tokens_per_month: int | None = None  # calendar month, UTC
+
+
+UNLIMITED = UserLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """A user as known from the key of a request."""
+
+    user: str
+    weight: float = 1.0  # share of the engine under backlog, relative to other users
+    priority: Priority = "interactive"
+    limits: UserLimits = UNLIMITED
+    models: frozenset[str] | None = None  # None: all
+    admin: bool = False  # an admin key: opens /admin/*, and nothing else
+    key_id: str | None = None
+    expires: float | None = None  # Unix time, seconds
+
+
+ANONYMOUS = Account("anonymous")
