@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,15 +156,17 @@ def commands(model: str, plan: EnginePlan, kv_cache_gib: float) -> dict[str, tup
 
 
 @contextmanager
-def running(name: str, command: list[str], environment: Mapping[str, str], logs: Path) -> Iterator[str]:
-    """A server while it is needed; yields its URL."""
+def running(
+    name: str, command: list[str], environment: Mapping[str, str], logs: Path, tail: Sequence[str] = ()
+) -> Iterator[str]:
+    """A server while it is needed; yields its URL. `tail` goes to the end of its command line."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = logs / f"{name}.log"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, "--host", "127.0.0.1", "--port", str(port), *tail],
             env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1", **environment},
             stdout=stream,
             stderr=stream,

@@ -30,6 +30,7 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.prompt import MarkerPolicy, Style
 
 CONFIG_VARIABLE = "SYNTHIA_CONFIG"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class PromptSettings(BaseModel):

@@ -12,6 +12,9 @@ from synthia_vllm.errors import SynthiaError
 COMMANDS = {
     "serve": ("synthia_vllm.cli.serve", "Serve the model on this machine (OpenAI and Anthropic APIs)."),
     "chat": ("synthia_vllm.cli.chat", "Talk to a running server."),
+    "gateway": ("synthia_vllm.cli.gateway", "Keys, limits, fair sharing and the bill before engines elsewhere."),
+    "keys": ("synthia_vllm.cli.keys", "Make, list, rotate and revoke API keys."),
+    "usage": ("synthia_vllm.cli.usage", "Tell who used how many tokens."),
     "batch": ("synthia_vllm.cli.batch", "Run an OpenAI batch file offline."),
     "doctor": ("synthia_vllm.cli.doctor", "Tell what would stop or slow down `serve` on this machine."),
 }

@@ -110,11 +110,11 @@ async def _offline(
     todo: list[dict[str, Any]], target: Path, settings: Any, plan: Any, concurrency: int, startup: Any, console: Console
 ) -> int:
     from synthia_vllm.engine.server import engine_app, parse_arguments
-    from synthia_vllm.gateway.app import build_gateway
+    from synthia_vllm.gateway.app import contract_only
 
     async with engine_app(parse_arguments(plan.arguments)) as (_, app):
         startup.stop()
-        return await run_requests(build_gateway(app, settings), todo, target, plan.name, concurrency, console)
+        return await run_requests(contract_only(app, settings), todo, target, plan.name, concurrency, console)
 
 
 async def run_requests(

@@ -139,7 +139,7 @@ def _port(settings: Settings) -> Finding:
 
 
 def _exposure(settings: Settings) -> Finding:
-    from synthia_vllm.engine.server import check_exposure
+    from synthia_vllm.gateway.listener import check_exposure
 
     try:
         check_exposure(settings)

@@ -30,8 +30,10 @@ def serve(settings: Settings, vllm_options: list[str]) -> int:
     """Starts, serves, drains; returns the exit code."""
     from synthia_vllm.engine.arguments import plan_engine, preload_once
     from synthia_vllm.engine.hardware import inspect_machine
-    from synthia_vllm.engine.server import bind, check_exposure, run
+    from synthia_vllm.engine.server import run
     from synthia_vllm.engine.startup import Startup, cause, output_to
+    from synthia_vllm.gateway.listener import bind, check_exposure
+    from synthia_vllm.gateway.request_log import configure_logging
 
     check_exposure(settings)
     machine = inspect_machine()
@@ -42,12 +44,13 @@ def serve(settings: Settings, vllm_options: list[str]) -> int:
     plan = plan_engine(settings, machine, vllm_options)
     log = _log_path(settings, port)
     with output_to(log) as terminal:
+        configure_logging(settings.log)
         console = Console(file=terminal, soft_wrap=True)
         startup = Startup(console, log)
 
         def ready() -> None:
             seconds = startup.stop()
-            console.print(ready_text(settings.host, port, plan.name, seconds, log), highlight=False, markup=False)
+            console.print(ready_text(settings, port, plan.name, seconds, log), highlight=False, markup=False)
 
         startup.start()
         try:
@@ -71,18 +74,24 @@ def serve(settings: Settings, vllm_options: list[str]) -> int:
             sock.close()
 
 
-def ready_text(host: str, port: int, model: str, seconds: float, log: Path | None) -> str:
+def ready_text(settings: Settings, port: int, model: str, seconds: float, log: Path | None) -> str:
     """What is printed when the server answers: where it is and a command that works as printed."""
+    from synthia_vllm.gateway.app import keys_required
+
+    host = settings.host
     reach = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
     url = f"http://{reach}:{port}"
     body = json.dumps({"model": "synthia", "messages": [{"role": "user", "content": "What is an orca?"}]})
+    needs_key = keys_required(settings)
     lines = [
         f"Ready after {seconds:.0f} s: {model} at {url} (also as synthia and synthia-tot)",
         "",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
+        *(['    -H "Authorization: Bearer $SYNTHIA_KEY" \\'] if needs_key else []),
         f"    -d '{body}'",
         "",
         f"Talk to it: synthia-vllm chat --url {url}",
+        *(["Keys: SYNTHIA_KEY=$(synthia-vllm keys create --user NAME)"] if needs_key else []),
         *([f"Log: {log}"] if log else []),
         "Stop with Ctrl-C: running requests finish first; a second Ctrl-C ends at once.",
     ]

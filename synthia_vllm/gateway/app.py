@@ -1,13 +1,141 @@
-"""The stack: what every request passes on its way to an engine, outermost layer first."""
+"""The stack: what every request passes on its way to an engine, and what is kept running beside it."""
+
+import asyncio
+from typing import Any
 
 from starlette.types import ASGIApp
 
+from synthia_vllm.gateway.access import Access
+from synthia_vllm.gateway.accounts import UserLimits
+from synthia_vllm.gateway.admin import build_admin
+from synthia_vllm.gateway.call import Call
 from synthia_vllm.gateway.contract import Contract
+from synthia_vllm.gateway.demand import Demand, TokenCounter, estimate_tokens
+from synthia_vllm.gateway.fair.layer import FairQueue
+from synthia_vllm.gateway.fair.room import Capacity
+from synthia_vllm.gateway.fair.scheduler import Scheduler
+from synthia_vllm.gateway.limits.base import Limiter
+from synthia_vllm.gateway.limits.layer import Limits, merge
+from synthia_vllm.gateway.limits.memory import MemoryLimiter
+from synthia_vllm.gateway.limits.shared import SharedLimiter
+from synthia_vllm.gateway.meter import Meter
+from synthia_vllm.gateway.request_log import RequestLog
 from synthia_vllm.gateway.routes import Routes
-from synthia_vllm.settings import Settings
+from synthia_vllm.gateway.store.database import open_database
+from synthia_vllm.gateway.store.key_cache import KeyCache
+from synthia_vllm.gateway.store.keys import KeyStore, load_secret
+from synthia_vllm.gateway.store.ledger import Ledger
+from synthia_vllm.gateway.store.usage import spent_tokens
+from synthia_vllm.metrics.limits import SHARED_UP
+from synthia_vllm.settings import LOOPBACK, Settings
 
 
-def build_gateway(upstream: ASGIApp, settings: Settings) -> ASGIApp:
-    """Our layers around an upstream, itself an ASGI app (vLLM's own, or a proxy to replicas)."""
-    contract = Contract(upstream, role_markers=settings.prompt.role_markers, max_body_bytes=settings.max_body_bytes)
-    return Routes(contract)
+def contract_only(upstream: ASGIApp, settings: Settings) -> ASGIApp:
+    """The prompt contract without users: for one who runs the engine for himself."""
+    return Contract(upstream, role_markers=settings.prompt.role_markers, max_body_bytes=settings.max_body_bytes)
+
+
+def keys_required(settings: Settings) -> bool:
+    """Whether requests need a key: as set, and where nothing is set, whenever others can reach the address."""
+    if settings.access.mode == "auto":
+        return settings.host not in LOOPBACK and not settings.insecure
+    return settings.access.mode == "keys"
+
+
+class Gateway:
+    """Our layers around an upstream, itself an ASGI app (vLLM's own, or a proxy to engines).
+
+    `async with` keeps its companions running: the watch on revoked keys, the ledger's writer, the shared limits. The
+    ledger's last rows are written at the end. Raises SetupError where the database can't be opened.
+    """
+
+    def __init__(
+        self,
+        upstream: ASGIApp,
+        settings: Settings,
+        *,
+        capacity: Capacity | None = None,
+        count: TokenCounter = estimate_tokens,
+        context: int | None = None,
+    ) -> None:
+        database = open_database(settings.access.database)
+        self.keys = KeyStore(database, load_secret(settings))
+        self.key_cache = KeyCache(self.keys)
+        self.ledger = Ledger(database)
+        self.limiter = _limiter(settings, lambda user, since: spent_tokens(database, user, since))
+        self.default_limits = UserLimits(
+            requests_per_minute=settings.limits.requests_per_minute,
+            tokens_per_minute=settings.limits.tokens_per_minute,
+            concurrent_requests=settings.limits.concurrent_requests,
+            tokens_per_month=settings.limits.tokens_per_month,
+        )
+        fair = settings.fair
+        self.scheduler = Scheduler(
+            capacity or Capacity(fair.max_in_flight_tokens, fair.max_in_flight_requests),
+            policy=fair.policy,
+            prompt_cost=fair.prompt_cost,
+            generated_cost=fair.generated_cost,
+            ageing=fair.batch_ageing_s,
+        )
+        self._database = database
+        self._log = RequestLog(settings.log)
+        app: ASGIApp = Meter(upstream)
+        app = FairQueue(
+            app,
+            scheduler=self.scheduler,
+            max_wait=fair.max_wait_s,
+            max_requests=fair.max_queued_requests,
+            max_tokens=fair.max_queued_tokens,
+        )
+        app = Limits(app, limiter=self.limiter, defaults=self.default_limits)
+        app = Contract(app, role_markers=settings.prompt.role_markers)
+        self.access = Access(
+            app,
+            lookup=self.key_cache.lookup,
+            keys_required=keys_required(settings),
+            on_end=self._ended,
+            demand=Demand(count, context),
+            admin=build_admin(self),
+            max_body_bytes=settings.max_body_bytes,
+            body_timeout=settings.timeouts.body,
+        )
+        self.app: ASGIApp = Routes(self.access)
+
+    async def __aenter__(self) -> "Gateway":
+        self._tasks = [asyncio.create_task(self.key_cache.watch()), asyncio.create_task(self.ledger.run())]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.limiter.close()
+        await asyncio.to_thread(self.ledger.close)
+        self.key_cache.close()
+        self._database.dispose()
+
+    async def state(self) -> dict[str, Any]:
+        """The live view: users in flight and queued, service, limits used and left; tokens, requests, seconds."""
+        found = self.scheduler.snapshot()
+        users = found["users"]
+        limits = {
+            call.account.user: merge(call.account.limits, self.default_limits) for call in self.access.open.values()
+        }
+        for user in users:
+            standing = await self.limiter.standing(user)
+            users[user]["used"] = {name: getattr(standing, name) for name in standing.__slots__}
+            if user in limits:
+                users[user]["limits"] = {name: getattr(limits[user], name) for name in limits[user].__slots__}
+        return found
+
+    def _ended(self, call: Call) -> None:
+        if call.max_generated:
+            self.ledger.add(call)
+        self._log.write(call)
+
+
+def _limiter(settings: Settings, spent: Any) -> Limiter:
+    SHARED_UP.set(1)
+    if settings.limits.redis is None:
+        return MemoryLimiter(spent=spent)
+    return SharedLimiter(settings.limits.redis, on_loss=settings.limits.on_redis_loss, spent=spent)

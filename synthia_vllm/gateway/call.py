@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from time import perf_counter, time
 from typing import Any, Literal
 
+import msgspec
 from starlette.types import Scope
 
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
@@ -26,11 +27,16 @@ class Call:
     account: Account = ANONYMOUS
     arrived: float = field(default_factory=perf_counter)
     arrived_at: float = field(default_factory=time)  # Unix time
-    body: bytes | None = None  # as the client sent it, once `Intake` has read it
+    body: bytes | None = None  # as the client sent it, once `Access` has read it
     request: dict[str, Any] | None = None  # the decoded body
+    changed: bool = False  # `request` is no longer what `body` says
     model: str = ""
+    choices: int = 1  # replies asked for with one prompt, times prompts
     prompt_tokens: int = 0  # an estimate until the engine tells
     max_generated: int = 0  # the most that the reply can have, over all its choices
+    wants_usage: bool = False  # the client asked for usage at a stream's end
+    wants_continuous_usage: bool = False  # and in each chunk
+    queue_timeout: float | None = None  # seconds, from X-Queue-Timeout-S
     generated: int = 0  # so far, by the engine's own count where it gives one
     queue_wait: float = 0.0  # seconds
     dispatched: float | None = None
@@ -38,9 +44,22 @@ class Call:
     last_token: float | None = None
     ended: float | None = None
     status: int = 0  # HTTP status sent; 0: none
+    completed: bool = False  # the engine said that the reply was whole
     outcome: Outcome = "stopped"
     reason: str = ""  # of a rejection or failure, one word: what metrics and logs name it
     on_tokens: Callable[[int], None] | None = None  # called with each number of newly generated tokens
+
+    def encode(self) -> bytes:
+        """The body for upstream: the client's own bytes unless a layer changed the request."""
+        assert self.body is not None
+        return msgspec.json.encode(self.request) if self.changed else self.body
+
+    def dispatch(self) -> None:
+        """Notes that the engine is asked now, if it is the first time."""
+        if self.dispatched is not None:
+            return
+        self.dispatched = perf_counter()
+        self.queue_wait = self.dispatched - self.arrived
 
     def add_tokens(self, count: int) -> None:
         """Notes tokens that the engine has just sent."""
@@ -55,8 +74,17 @@ class Call:
             self.on_tokens(count)
 
     @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.generated
+    def billed(self) -> bool:
+        """Whether the engine worked for it: what never reached it, or what it refused, costs nothing."""
+        return self.dispatched is not None and self.status < 400
+
+    @property
+    def billed_prompt(self) -> int:
+        return self.prompt_tokens if self.billed else 0
+
+    @property
+    def billed_generated(self) -> int:
+        return self.generated if self.billed else 0
 
 
 def attach(scope: Scope, call: Call) -> None:

@@ -4,19 +4,18 @@ What differs between OpenAI's, Anthropic's and vLLM's own routes is in `dialects
 request once, hand it on changed, and pass the reply through the dialect's filter event by event.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from synthia_vllm.errors import BodyTooLarge, MalformedBody, RequestError
+from synthia_vllm.errors import RequestError
+from synthia_vllm.gateway.call import Call, call_of
 from synthia_vllm.gateway.dialects import DIALECTS, Exchange
+from synthia_vllm.gateway.events import take_events
+from synthia_vllm.gateway.intake import DEFAULT_MAX_BODY_BYTES, decode_object, read_body, replay, without_body_headers
 from synthia_vllm.gateway.replies import header, send_error
 from synthia_vllm.prompt import MarkerPolicy
-
-DEFAULT_MAX_BODY_BYTES = 4 * 2**20
-_DROPPED_HEADERS = (b"content-length", b"transfer-encoding", b"x-vllm-priority")
 
 
 class Contract:
@@ -37,33 +36,36 @@ class Contract:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
+        call = call_of(scope)
+        if call is not None:  # errors are answered, and the body is handed on, by the layers around
+            return await self._converse(call, scope, lambda: receive, send)
         try:
             body = await read_body(scope, receive, self.max_body_bytes)
             if body is None:
                 return None
-            request = decode_object(body)
-            dialect = DIALECTS.get(scope["path"])
-            if dialect is None:
-                return await self.app(scope, replay(body, receive), send)
-            exchange = dialect(request, role_markers=self.role_markers)
+            call = Call(id="", request_id="", route=scope["path"], body=body, request=decode_object(body))
+            bare = without_body_headers(scope)
+            return await self._converse(call, bare, lambda: replay(call.encode, receive), send)
         except RequestError as error:
             return await send_error(error, send)
-        return await self._converse(exchange, scope, receive, send)
 
-    async def _converse(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _converse(self, call: Call, scope: Scope, receive: Callable[[], Receive], send: Send) -> None:
         """Asks upstream; once more where only our own default for the reply's length made the request too long."""
-        scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0].lower() not in _DROPPED_HEADERS]}
+        dialect = DIALECTS.get(call.route)
+        assert call.request is not None
+        if dialect is None:
+            if call.request.pop("priority", None) is not None:  # it would jump vLLM's queue
+                call.changed = True
+            return await self.app(scope, receive(), send)
+        exchange = dialect(call.request, role_markers=self.role_markers)
+        call.changed = True
         reply = ContractReply(exchange, send, refusals_wait=exchange.defaulted_length)
-        await self._ask(exchange, scope, receive, reply)
+        await self.app(scope, receive(), reply)
         if reply.refused:
             # A prompt that leaves less room than the default. Without a length, engines generate to the context's end.
             exchange.drop_length()
-            await self._ask(exchange, scope, receive, ContractReply(exchange, send))
-
-    async def _ask(self, exchange: Exchange, scope: Scope, receive: Receive, reply: "ContractReply") -> None:
-        body = msgspec.json.encode(exchange.request)
-        headers = [*scope["headers"], (b"content-length", str(len(body)).encode())]
-        await self.app({**scope, "headers": headers}, replay(body, receive), reply)
+            await self.app(scope, receive(), ContractReply(exchange, send))
+        return None
 
 
 class ContractReply:
@@ -123,53 +125,3 @@ class ContractReply:
         headers.append((b"content-length", str(len(body)).encode()))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
-
-
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None where the client has left. Raises BodyTooLarge over `limit` bytes, unread if announced."""
-    announced = header(scope, b"content-length")
-    if announced.isdigit() and int(announced) > limit:
-        raise BodyTooLarge(limit)
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise BodyTooLarge(limit)
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-def decode_object(body: bytes) -> dict[str, Any]:
-    """A JSON object in UTF-8. Raises MalformedBody for all else, numbers that JSON has not (NaN) included."""
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MalformedBody(str(error)) from None
-    except RecursionError:
-        raise MalformedBody("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise MalformedBody(f"expected an object, got {type(value).__name__}")
-    return value
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives this body and then what really arrives, such as the client's disconnect."""
-    pending = iter((body,))
-
-    async def replayed() -> Message:
-        for part in pending:
-            return {"type": "http.request", "body": part, "more_body": False}
-        return await receive()
-
-    return replayed
-
-
-def take_events(buffer: bytearray) -> Iterator[bytes]:
-    """Takes the whole server-sent events off the front of a buffer, each with the blank line that ends it."""
-    while (end := buffer.find(b"\n\n")) >= 0:
-        event = bytes(buffer[: end + 2])
-        del buffer[: end + 2]
-        yield event

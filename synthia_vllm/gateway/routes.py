@@ -20,6 +20,7 @@ ROUTES = {
     "/health": "GET",
     "/metrics": "GET",
 }
+ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
 _MODEL_PREFIX = "/v1/models/"
 
 
@@ -38,6 +39,8 @@ class Routes:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]
+        if path.startswith(ADMIN_PREFIX):
+            return await self.app(scope, receive, send)
         method = "GET" if path.startswith(_MODEL_PREFIX) else ROUTES.get(path)
         error: RequestError | None = None
         if method is None:

@@ -37,7 +37,7 @@ def test_an_unknown_command_is_refused() -> None:
 
 
 def test_a_public_address_is_refused_without_keys() -> None:
-    done = run("serve", "--host", "0.0.0.0", "--port", "0")
+    done = run("serve", "--host", "0.0.0.0", "--port", "0", "--access.mode", "open")
     assert done.returncode == 2
     assert "--insecure" in done.stderr
 

@@ -1,0 +1,88 @@
+"""`synthia-vllm gateway`."""
+
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.settings import Settings, load_settings
+
+PROG = "synthia-vllm gateway"
+
+
+@click.command(
+    "gateway",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def command(words: tuple[str, ...]) -> None:
+    """Keys, limits, fair sharing and the bill in front of engines that run elsewhere."""
+    sys.exit(gateway(load_settings(words, prog=PROG)))
+
+
+def gateway(settings: Settings) -> int:
+    """Serves until a signal; returns the exit code."""
+    import uvloop
+
+    from synthia_vllm.gateway.listener import bind, check_exposure
+    from synthia_vllm.gateway.request_log import configure_logging
+
+    if not settings.upstream:
+        raise SetupError("--upstream: name at least one engine, for instance --upstream http://127.0.0.1:8001")
+    check_exposure(settings)
+    configure_logging(settings.log)
+    sock = bind(settings)
+    try:
+        code: int = uvloop.run(_serve(settings, sock))
+        return code
+    finally:
+        sock.close()
+
+
+async def _serve(settings: Settings, sock: socket.socket) -> int:
+    from synthia_vllm.gateway.app import Gateway
+    from synthia_vllm.gateway.fair.room import Capacity
+    from synthia_vllm.gateway.listener import DrainingServer
+    from synthia_vllm.gateway.upstream import HttpUpstream
+
+    timeouts = settings.timeouts
+    upstream = HttpUpstream(
+        settings.upstream, connect_timeout=timeouts.upstream_connect, read_timeout=timeouts.upstream_read
+    )
+    async with upstream:
+        tokens, requests = settings.fair.max_in_flight_tokens, settings.fair.max_in_flight_requests
+        found = await upstream.capacity() if tokens is None else None
+        capacity = Capacity(tokens or found, requests)
+        stack = Gateway(upstream, settings, capacity=capacity, count=_counter(settings.tokenizer))
+        host, port = sock.getsockname()[:2]
+
+        def ready() -> None:
+            click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}", err=True)
+            if capacity.tokens is None:
+                click.echo(
+                    "The engine tells no KV cache size, so nothing queues here: set --fair.max-in-flight-tokens",
+                    err=True,
+                )
+
+        async with stack:
+            drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)
+    return 0 if drained else 1
+
+
+def _counter(folder: str | None) -> Callable[[str], int]:
+    """Counts tokens with the engine's tokenizer.json, or estimates."""
+    from tokenizers import Tokenizer
+
+    from synthia_vllm.gateway.demand import estimate_tokens
+
+    if folder is None:
+        return estimate_tokens
+    path = Path(folder, "tokenizer.json")
+    if not path.is_file():
+        raise SetupError(f"--tokenizer {folder}: there is no tokenizer.json in it")
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -1,0 +1,92 @@
+"""`synthia-vllm keys`."""
+
+import time
+from typing import Any
+
+import click
+
+from synthia_vllm.cli.database import database_option, moment, open_from, show, span, utc
+from synthia_vllm.errors import SetupError
+
+
+@click.group("keys")
+def command() -> None:
+    """Make, list, rotate and revoke API keys. `synthia-vllm keys create --user alice` makes the first one.
+
+    A change is seen by every running server within two seconds.
+    """
+
+
+@command.command("create")
+@click.option("--user", required=True, help="Whom the key belongs to; made if need be.")
+@click.option("--admin", is_flag=True, help="A key for /admin and /metrics, and for nothing else.")
+@click.option("--weight", type=click.FloatRange(0, min_open=True), help="Share of the engine under backlog.")
+@click.option("--priority", type=click.Choice(["interactive", "batch"]), help="Batch waits for interactive.")
+@click.option("--requests-per-minute", type=click.IntRange(1))
+@click.option("--tokens-per-minute", type=click.IntRange(1), help="Prompt and generated tokens.")
+@click.option("--concurrent-requests", type=click.IntRange(1))
+@click.option("--tokens-per-month", type=click.IntRange(1), help="Per calendar month, UTC.")
+@click.option("--models", multiple=True, help="Only these; may be given several times.")
+@click.option("--expires", help="A date like 2027-01-31, or a span like 30d.")
+@database_option
+def create(user: str, admin: bool, expires: str | None, database: str | None, **given: Any) -> None:
+    """Make a key and print it, once. Options set what holds for the user, whichever of its keys is used."""
+    from synthia_vllm.gateway.accounts import UserLimits
+
+    store = _store(database)
+    ends = moment(expires, "--expires", future=True)
+    if ends is not None and ends <= time.time():
+        raise SetupError(f"--expires {expires}: that is past")
+    limits = UserLimits(**{name: given.pop(name) for name in UserLimits.__slots__})
+    key_id, key = store.create(user, admin=admin, expires=ends, limits=limits, **given)
+    _tell(key_id, key, user)
+
+
+@command.command("list")
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@database_option
+def list_keys(form: str, database: str | None) -> None:
+    """Show all keys with their users; never what would open anything."""
+    store = _store(database)
+    users = {user["name"]: user for user in store.list_users()}
+    rows = []
+    for key in store.list_keys():
+        times = {name: utc(key[name]) for name in ("created", "expires", "revoked")}
+        rows.append({**users[key["user"]], **key, **times})
+    columns = ["id", "user", "admin", "weight", "priority", "requests_per_minute", "tokens_per_minute"]
+    columns += ["concurrent_requests", "tokens_per_month", "models", "created", "expires", "revoked"]
+    show(rows, columns, form)
+
+
+@command.command("rotate")
+@click.argument("key_id")
+@click.option("--grace", default="0s", show_default=True, help="How long the old key still opens: 1h, 7d.")
+@database_option
+def rotate(key_id: str, grace: str, database: str | None) -> None:
+    """Make a new key in the place of KEY_ID and print it, once."""
+    seconds = span(grace)
+    if seconds is None:
+        raise SetupError(f"--grace {grace!r}: a span like 30m, 12h, 7d")
+    new_id, key = _store(database).rotate(key_id, seconds)
+    _tell(new_id, key, f"instead of {key_id}")
+
+
+@command.command("revoke")
+@click.argument("key_id")
+@database_option
+def revoke(key_id: str, database: str | None) -> None:
+    """End KEY_ID, on every running server within two seconds."""
+    _store(database).revoke(key_id)
+    click.echo(f"{key_id} is revoked", err=True)
+
+
+def _store(database: str | None) -> Any:
+    from synthia_vllm.gateway.store.keys import KeyStore, load_secret
+
+    engine, settings = open_from(database)
+    return KeyStore(engine, load_secret(settings))
+
+
+def _tell(key_id: str, key: str, whose: str) -> None:
+    click.echo(key)  # alone on stdout: KEY=$(synthia-vllm keys create …)
+    click.echo(f"Key {key_id} ({whose}). It is shown this once; only its hash is kept.", err=True)

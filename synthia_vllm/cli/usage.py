@@ -1,0 +1,29 @@
+"""`synthia-vllm usage`."""
+
+import click
+
+from synthia_vllm.cli.database import database_option, moment, open_from, show, utc
+
+_COLUMNS = ("requests", "refused", "prompt_tokens", "generated_tokens")
+
+
+@click.command("usage")
+@click.option("--user", help="Of this user only.")
+@click.option("--since", help="A date like 2026-11-01 (UTC), or a span like 24h, 7d. Default: all.")
+@click.option("--until", help="Likewise; not included.")
+@click.option("--by", type=click.Choice(["day", "user", "model"]), default="user", show_default=True)
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True)
+@database_option
+def command(user: str | None, since: str | None, until: str | None, by: str, form: str, database: str | None) -> None:
+    """Add up the ledger: requests and tokens by user, day (UTC) or model. Refused requests cost nothing."""
+    from synthia_vllm.gateway.store.usage import gaps, usage
+
+    engine, _ = open_from(database)
+    start, end = moment(since, "--since"), moment(until, "--until")
+    rows = usage(engine, user=user, since=start, until=end, by=by)  # type: ignore[arg-type]
+    show([{by: row.name, **row.as_dict()} for row in rows], [by, *_COLUMNS], form)
+    for gap in gaps(engine, start, end):
+        click.echo(
+            f"A server ended without a word: what it served in the second after {utc(gap.since)} may be missing.",
+            err=True,
+        )

@@ -1,0 +1,66 @@
+"""What a counter of users' limits does, wherever it counts."""
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+from synthia_vllm.gateway.accounts import UserLimits
+
+WINDOW_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Which limit refuses, and the least wait in seconds after which the same request gets in if nothing else happens.
+
+    `math.inf`: never, the request alone is over the limit. Under `concurrent_requests` nobody can know when a running
+    request ends: the wait is the user's mean duration less the age of the oldest, an estimate.
+    """
+
+    reason: str  # a field of UserLimits
+    limit: int
+    retry_after: float
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What counts against a user's limits now."""
+
+    requests_last_minute: int = 0
+    tokens_last_minute: int = 0
+    concurrent_requests: int = 0
+    tokens_this_month: int = 0
+
+
+class Limiter(Protocol):
+    """Counts exactly, over a sliding window of 60 s: each admission and its tokens count from then until 60 s later.
+
+    `reserve` takes all or nothing, in one step: a refused request costs nothing. `settle` puts what was really used in
+    the place of what was reserved; settling twice, or what is not known, does nothing.
+    """
+
+    async def reserve(self, user: str, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None: ...
+
+    async def settle(self, user: str, call_id: str, tokens: int) -> None: ...
+
+    async def standing(self, user: str) -> Standing: ...
+
+    async def close(self) -> None: ...
+
+
+def month_of(now: float) -> tuple[str, float, float]:
+    """Name, start and end (Unix times) of the calendar month in UTC."""
+    start = datetime.fromtimestamp(now, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    end = start.replace(year=start.year + start.month // 12, month=start.month % 12 + 1)
+    return start.strftime("%Y-%m"), start.timestamp(), end.timestamp()
+
+
+def longest(refusals: list[Refusal]) -> Refusal | None:
+    """The one that decides: all must have passed before the request gets in."""
+    return max(refusals, key=lambda refusal: refusal.retry_after, default=None)
+
+
+def too_large(reason: str, limit: int | None, tokens: int) -> Refusal | None:
+    """For a request that is over a limit by itself."""
+    return Refusal(reason, limit, math.inf) if limit is not None and tokens > limit else None

@@ -1,0 +1,150 @@
+"""Limits counted in this process: for one gateway."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+
+from synthia_vllm.gateway.accounts import UserLimits
+from synthia_vllm.gateway.limits.base import WINDOW_S, Refusal, Standing, longest, month_of, too_large
+
+Spent = Callable[[str, float], int]
+_MOST_USERS = 10_000  # beyond, those with nothing in the window are forgotten
+_LEARNING_RATE = 0.2
+
+
+@dataclass(slots=True, eq=False)
+class _Admission:
+    at: float
+    tokens: int
+    month: str
+
+
+@dataclass(slots=True)
+class _User:
+    window: deque[_Admission] = field(default_factory=deque)
+    window_tokens: int = 0
+    open: dict[str, _Admission] = field(default_factory=dict)
+    months: dict[str, int] = field(default_factory=dict)
+    mean_duration: float = 1.0
+
+    def expire(self, now: float) -> None:
+        while self.window and self.window[0].at + WINDOW_S <= now:
+            self.window_tokens -= self.window.popleft().tokens
+
+
+class MemoryLimiter:
+    """`spent(user, since)` gives the tokens that the ledger has billed: the month's counter starts from it."""
+
+    def __init__(self, *, spent: Spent | None = None, clock: Callable[[], float] = time.time) -> None:
+        self._spent = spent
+        self._clock = clock
+        self._users: dict[str, _User] = {}
+
+    async def reserve(self, user: str, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None:
+        month, start, _ = month_of(self._clock())
+        if limits.tokens_per_month is not None and month not in self._user(user).months:
+            spent = await asyncio.to_thread(self._spent, user, start) if self._spent else 0
+            self._user(user).months.setdefault(month, spent)
+        return self._reserve(self._user(user), limits, call_id, tokens)
+
+    async def settle(self, user: str, call_id: str, tokens: int) -> None:
+        state = self._users.get(user)
+        admission = state.open.pop(call_id, None) if state else None
+        if state is None or admission is None:
+            return
+        now = self._clock()
+        state.expire(now)
+        change = tokens - admission.tokens
+        if admission.at + WINDOW_S > now:
+            state.window_tokens += change
+        admission.tokens = tokens
+        if admission.month in state.months:
+            state.months[admission.month] += change
+        state.mean_duration += _LEARNING_RATE * (now - admission.at - state.mean_duration)
+
+    async def standing(self, user: str) -> Standing:
+        state = self._users.get(user)
+        if state is None:
+            return Standing()
+        state.expire(self._clock())
+        month, _, _ = month_of(self._clock())
+        return Standing(len(state.window), state.window_tokens, len(state.open), state.months.get(month, 0))
+
+    async def close(self) -> None:
+        self._users.clear()
+
+    def _user(self, name: str) -> _User:
+        state = self._users.get(name)
+        if state is None:
+            if len(self._users) >= _MOST_USERS:
+                self._forget()
+            state = self._users[name] = _User()
+        return state
+
+    def _forget(self) -> None:
+        now = self._clock()
+        for name, state in list(self._users.items()):
+            state.expire(now)
+            if not state.window and not state.open:
+                del self._users[name]  # a month's counter comes back from the ledger
+
+    def _reserve(self, state: _User, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None:
+        """The decision and the booking, without a pause in between."""
+        now = self._clock()
+        state.expire(now)
+        month, _, month_end = month_of(now)
+        refusal = longest(
+            [
+                refusal
+                for refusal in (
+                    self._requests(state, limits.requests_per_minute, now),
+                    self._tokens(state, limits.tokens_per_minute, tokens, now),
+                    self._concurrent(state, limits.concurrent_requests, now),
+                    self._month(state, limits.tokens_per_month, tokens, month, month_end - now),
+                )
+                if refusal is not None
+            ]
+        )
+        if refusal is not None:
+            return refusal
+        admission = _Admission(now, tokens, month)
+        state.window.append(admission)
+        state.window_tokens += tokens
+        state.open[call_id] = admission
+        state.months = {name: used for name, used in state.months.items() if name == month}
+        if month in state.months:
+            state.months[month] += tokens
+        return None
+
+    def _requests(self, state: _User, limit: int | None, now: float) -> Refusal | None:
+        if limit is None or len(state.window) < limit:
+            return None
+        # So many of the oldest must go.
+        last = state.window[len(state.window) - limit]
+        return Refusal("requests_per_minute", limit, last.at + WINDOW_S - now)
+
+    def _tokens(self, state: _User, limit: int | None, tokens: int, now: float) -> Refusal | None:
+        if limit is None or state.window_tokens + tokens <= limit:
+            return None
+        if refusal := too_large("tokens_per_minute", limit, tokens):
+            return refusal
+        excess = state.window_tokens + tokens - limit
+        for admission in islice(state.window, len(state.window)):
+            excess -= admission.tokens
+            if excess <= 0:
+                return Refusal("tokens_per_minute", limit, admission.at + WINDOW_S - now)
+        raise AssertionError("a window's tokens are the sum of its admissions'")
+
+    def _concurrent(self, state: _User, limit: int | None, now: float) -> Refusal | None:
+        if limit is None or len(state.open) < limit:
+            return None
+        oldest = min(admission.at for admission in state.open.values())
+        return Refusal("concurrent_requests", limit, max(1.0, state.mean_duration - (now - oldest)))
+
+    def _month(self, state: _User, limit: int | None, tokens: int, month: str, left: float) -> Refusal | None:
+        if limit is None or state.months.get(month, 0) + tokens <= limit:
+            return None
+        return too_large("tokens_per_month", limit, tokens) or Refusal("tokens_per_month", limit, left)

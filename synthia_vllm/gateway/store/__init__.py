@@ -1,0 +1,1 @@
+"""What outlives a process: users, keys, and the ledger. SQLite by default, PostgreSQL by URL."""

@@ -1,0 +1,85 @@
+"""Opening the database: where it is, how it is set up, and that its tables are there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from synthia_vllm.errors import SetupError
+
+DATA_VARIABLE = "SYNTHIA_DATA"
+_CONNECT_TIMEOUT_S = 5
+_BUSY_TIMEOUT_MS = 5000
+# Two gateways that start together must not both make the tables. Any number will do that nobody else uses.
+_POSTGRES_LOCK = 0x53594E54
+
+
+def data_folder() -> Path:
+    """Where keys and usage are kept, readable by its owner only; `SYNTHIA_DATA` names another."""
+    given = os.environ.get(DATA_VARIABLE)
+    folder = Path(given).expanduser() if given else platformdirs.user_data_path("synthia-vllm", appauthor=False)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def open_database(url: str | None = None) -> Engine:
+    """An engine on a database whose tables are up to date. None is SQLite in the data folder.
+
+    Raises SetupError for an address that is none, or where nothing answers; the password is never shown.
+    """
+    try:
+        address = make_url(url or f"sqlite:///{data_folder() / 'synthia.db'}")
+        engine = _create(address)
+    except (ArgumentError, ImportError) as error:
+        raise SetupError(f"--access.database: {error}; an SQLAlchemy URL, see --help") from None
+    shown = address.render_as_string(hide_password=True)
+    try:
+        migrate(engine)
+    except SQLAlchemyError as error:
+        engine.dispose()
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise SetupError(f"--access.database {shown}: {reason}; is it running, and may this user open it?") from None
+    return engine
+
+
+def migrate(engine: Engine) -> None:
+    """Brings the tables up to date, once even where several processes start at the same time."""
+    if engine.dialect.name == "sqlite" and engine.url.database:
+        with filelock.FileLock(f"{engine.url.database}.lock", mode=0o600), engine.begin() as connection:
+            _upgrade(connection)
+        return
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRES_LOCK})
+        _upgrade(connection)
+
+
+def _create(address: Any) -> Engine:
+    if address.get_backend_name() != "sqlite":
+        return create_engine(address, pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_TIMEOUT_S})
+    if address.database and address.database != ":memory:":
+        # Made here, so that nobody else can read it before its mode is set. SQLite's other files take its mode.
+        os.close(os.open(address.database, os.O_CREAT | os.O_RDWR, 0o600))
+    engine = create_engine(address)
+    event.listen(engine, "connect", _prepare_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _: object) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", f"busy_timeout={_BUSY_TIMEOUT_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _upgrade(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", "synthia_vllm.gateway.store:migrations")
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")

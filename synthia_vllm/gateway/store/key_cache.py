@@ -1,0 +1,88 @@
+"""Keys in memory, so that a request pays microseconds for its look-up, and a revoked key is out within two seconds."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from synthia_vllm.errors import Overloaded
+from synthia_vllm.gateway.accounts import Account
+from synthia_vllm.gateway.store.keys import KeyStore, well_formed
+
+_POLL_S = 1.0
+_MOST = 10_000  # known and unknown keys that are remembered
+# Without its database a gateway goes on with the keys that it knows for so long.
+_BLIND_S = 60.0
+
+_log = structlog.get_logger(__name__)
+
+
+class KeyCache:
+    """Looks keys up by their digest: known and unknown ones alike cost one HMAC and one look into a dictionary.
+
+    Raises Overloaded (503) where the database must be asked and does not answer.
+    """
+
+    def __init__(self, store: KeyStore, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._known: OrderedDict[str, Account | None] = OrderedDict()
+        self._revision: int | None = None
+        self._seen = clock()  # when the database last answered
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="keys")
+
+    async def lookup(self, presented: str) -> Account | None:
+        """The account that a key opens; None for a key that is malformed, unknown, revoked or expired."""
+        if not well_formed(presented):
+            return None
+        digest = self._store.digest(presented)
+        if digest in self._known:
+            self._known.move_to_end(digest)
+            account = self._known[digest]
+        else:
+            account = await self._ask(digest, presented)
+        if account is not None and account.expires is not None and account.expires <= time.time():
+            return None
+        return account
+
+    async def watch(self) -> None:
+        """Forgets everything when the revision moves. Runs until it is cancelled."""
+        while True:
+            await self._poll()
+            await asyncio.sleep(_POLL_S)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _ask(self, digest: str, presented: str) -> Account | None:
+        revision = self._revision
+        loop = asyncio.get_running_loop()
+        try:
+            account = await loop.run_in_executor(self._pool, self._store.find, presented)
+        except SQLAlchemyError:
+            raise Overloaded("keys can't be looked up now", 5.0) from None
+        if revision == self._revision:  # else it may be known in a state that is gone
+            self._known[digest] = account
+            if len(self._known) > _MOST:
+                self._known.popitem(last=False)
+        return account
+
+    async def _poll(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            revision = await loop.run_in_executor(self._pool, self._store.revision)
+        except SQLAlchemyError as error:
+            if self._revision is not None:
+                _log.error("key_database_lost", error=str(error).splitlines()[0])
+                self._revision = None
+            if self._clock() - self._seen > _BLIND_S:
+                self._known.clear()
+            return
+        if revision != self._revision:
+            self._known.clear()
+            self._revision = revision
+        self._seen = self._clock()

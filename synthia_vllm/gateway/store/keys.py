@@ -1,0 +1,178 @@
+"""API keys and their users: made, found, rotated, revoked."""
+
+import hashlib
+import hmac
+import os
+import secrets
+import string
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Engine, select, update
+from sqlalchemy.orm import Session
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.accounts import Account, Priority, UserLimits
+from synthia_vllm.gateway.store.database import data_folder
+from synthia_vllm.gateway.store.tables import Key, Revision, User, as_dict
+from synthia_vllm.settings import Settings
+
+PREFIX = "sk-synthia-"
+_ALPHABET = string.ascii_letters + string.digits
+_ID_LENGTH, _SECRET_LENGTH = 8, 32  # 32 letters of 62: 190 bits
+_KEY_LENGTH = len(PREFIX) + _ID_LENGTH + _SECRET_LENGTH
+
+
+class UnknownKey(SetupError):
+    """There is no key with that id, or it is revoked already."""
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"there is no active key {key_id!r}; `synthia-vllm keys list` shows the ids")
+
+
+def load_secret(settings: Settings) -> bytes:
+    """What key hashes are keyed with: as set, or made once in the data folder.
+
+    Without it a stolen database does not even let a guess be tried. Several gateways on one database must share it.
+    """
+    if settings.access.secret is not None:
+        return settings.access.secret.get_secret_value().encode()
+    path = data_folder() / "key-secret"
+    try:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        pass
+    secret = path.read_text().strip()
+    if not secret:
+        raise SetupError(f"{path} is empty; restore it from a backup, or delete it and make all keys anew")
+    return secret.encode()
+
+
+class KeyStore:
+    """Keys in the database. Every change bumps the revision in the same transaction, which is what caches watch.
+
+    Keys are `sk-synthia-`, eight characters of id and 32 of secret; stored is their HMAC-SHA256. They are random, so a
+    slow hash would add nothing but time.
+    """
+
+    def __init__(self, engine: Engine, secret: bytes) -> None:
+        self.engine = engine
+        self._secret = secret
+
+    def create(
+        self,
+        user: str,
+        *,
+        admin: bool = False,
+        expires: float | None = None,
+        weight: float | None = None,
+        priority: Priority | None = None,
+        limits: UserLimits | None = None,
+        models: Sequence[str] | None = None,
+    ) -> tuple[str, str]:
+        """Makes a key, and its user if need be; returns id and key. What is None leaves an existing user as it is."""
+        given: dict[str, Any] = {"weight": weight, "priority": priority, "models": list(models) if models else None}
+        if limits is not None:
+            given |= {name: getattr(limits, name) for name in limits.__slots__}
+        with Session(self.engine) as session, session.begin():
+            row = session.get(User, user)
+            if row is None:
+                row = User(name=user, weight=1.0, priority="interactive", created=time.time())
+                session.add(row)
+                session.flush()
+            for name, value in given.items():
+                if value is not None:
+                    setattr(row, name, value)
+            return self._add(session, user, admin=admin, expires=expires)
+
+    def rotate(self, key_id: str, grace: float = 0.0) -> tuple[str, str]:
+        """A new key for the same user; the old one ends after `grace` seconds. Raises UnknownKey."""
+        with Session(self.engine) as session, session.begin():
+            old = self._active(session, key_id)
+            ending = time.time() + grace
+            expires = old.expires
+            old.expires = ending if expires is None else min(ending, expires)
+            if grace <= 0:
+                old.revoked = time.time()
+            return self._add(session, old.user, admin=old.admin, expires=expires)
+
+    def revoke(self, key_id: str) -> None:
+        """Ends a key. Raises UnknownKey."""
+        with Session(self.engine) as session, session.begin():
+            self._active(session, key_id).revoked = time.time()
+            _bump(session)
+
+    def list_keys(self) -> list[dict[str, Any]]:
+        """All keys, the revoked ones too, oldest first; without what would open anything."""
+        with Session(self.engine) as session:
+            rows = session.scalars(select(Key).order_by(Key.created)).all()
+            return [{name: value for name, value in as_dict(row).items() if name != "digest"} for row in rows]
+
+    def list_users(self) -> list[dict[str, Any]]:
+        with Session(self.engine) as session:
+            return [as_dict(row) for row in session.scalars(select(User).order_by(User.name))]
+
+    def find(self, presented: str) -> Account | None:
+        """The account that a key opens, if it is neither unknown nor revoked. Expiry is for the caller to watch."""
+        digest = self.digest(presented)
+        with Session(self.engine) as session:
+            found = session.execute(
+                select(Key, User).join(User).where(Key.digest == digest, Key.revoked.is_(None))
+            ).one_or_none()
+            if found is None or not hmac.compare_digest(found[0].digest, digest):
+                return None
+            key, user = found
+            return Account(
+                user=user.name,
+                weight=user.weight,
+                priority=user.priority,
+                limits=UserLimits(
+                    user.requests_per_minute, user.tokens_per_minute, user.concurrent_requests, user.tokens_per_month
+                ),
+                models=frozenset(user.models) if user.models else None,
+                admin=key.admin,
+                key_id=key.id,
+                expires=key.expires,
+            )
+
+    def revision(self) -> int:
+        """Goes up with each change."""
+        with Session(self.engine) as session:
+            return session.scalars(select(Revision.number)).one()
+
+    def digest(self, presented: str) -> str:
+        return hmac.new(self._secret, presented.encode(), hashlib.sha256).hexdigest()
+
+    def _active(self, session: Session, key_id: str) -> Key:
+        key = session.get(Key, key_id)
+        if key is None or key.revoked is not None:
+            raise UnknownKey(key_id)
+        return key
+
+    def _add(self, session: Session, user: str, *, admin: bool, expires: float | None) -> tuple[str, str]:
+        key_id, secret = _random(_ID_LENGTH), _random(_SECRET_LENGTH)
+        plain = f"{PREFIX}{key_id}{secret}"
+        now = time.time()
+        session.add(Key(id=key_id, user=user, digest=self.digest(plain), admin=admin, created=now, expires=expires))
+        _bump(session)
+        return key_id, plain
+
+
+def well_formed(presented: str) -> bool:
+    """Whether this could be a key at all: anything else is not worth a look-up."""
+    return (
+        len(presented) == _KEY_LENGTH
+        and presented.startswith(PREFIX)
+        and presented.isascii()
+        and (presented[len(PREFIX) :].isalnum())
+    )
+
+
+def _random(length: int) -> str:
+    return "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+def _bump(session: Session) -> None:
+    session.execute(update(Revision).values(number=Revision.number + 1))

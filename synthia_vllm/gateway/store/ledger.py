@@ -1,0 +1,136 @@
+"""The bill: one row a request, written beside the request path in batches."""
+
+import asyncio
+import os
+import platform
+import time
+from collections import deque
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import structlog
+from sqlalchemy import Engine, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from synthia_vllm.gateway.call import Call
+from synthia_vllm.gateway.store.tables import Entry, Writer
+
+INTERVAL_S = 0.5
+_MOST_WAITING = 100_000
+_BATCH = 1000
+_SILENCE_S = 600.0  # after which a writer on another host counts as gone
+_PAUSE_S = 5.0  # most between two tries while the database is gone
+
+_log = structlog.get_logger(__name__)
+
+
+class Ledger:
+    """Takes finished calls at once and writes them each half second; a row written twice is written once.
+
+    A process that is killed loses what it had not written: the rows of the last half second. The next one to start
+    finds out by the writer's row that never ended, logs `ledger_gap`, and marks it for `usage` to tell.
+    """
+
+    def __init__(self, engine: Engine, *, interval: float = INTERVAL_S) -> None:
+        self.lost = 0  # rows dropped because the database was gone for too long
+        self._engine = engine
+        self._interval = interval
+        self._waiting: deque[dict[str, Any]] = deque()
+        self._id = uuid4().hex
+        self._failing = False
+        self._open()
+
+    def add(self, call: Call) -> None:
+        """Notes a call that has ended. Never waits."""
+        if len(self._waiting) >= _MOST_WAITING:
+            self._waiting.popleft()
+            self.lost += 1
+        self._waiting.append(row_of(call))
+
+    async def run(self) -> None:
+        """Writes until it is cancelled."""
+        pause = self._interval
+        while True:
+            await asyncio.sleep(pause)
+            written = await asyncio.to_thread(self.flush)
+            pause = self._interval if written else min(_PAUSE_S, 2 * pause)
+
+    def flush(self) -> bool:
+        """Writes what waits; False if the database did not take it."""
+        try:
+            while self._write(list(self._waiting)[:_BATCH]):
+                pass
+        except SQLAlchemyError as error:
+            if not self._failing:
+                _log.error("ledger_failing", waiting=len(self._waiting), error=str(error).splitlines()[0])
+            self._failing = True
+            return False
+        if self._failing:
+            _log.info("ledger_writing_again", lost=self.lost)
+        self._failing = False
+        return True
+
+    def close(self) -> None:
+        """Writes the rest and says that nothing is missing."""
+        if self.flush():
+            with Session(self._engine) as session, session.begin():
+                session.execute(update(Writer).where(Writer.id == self._id).values(ended=time.time()))
+        else:
+            _log.error("ledger_rows_lost", rows=len(self._waiting))
+
+    def _write(self, rows: list[dict[str, Any]]) -> bool:
+        """One batch; True if there may be more."""
+        with Session(self._engine) as session, session.begin():
+            if rows:
+                new = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
+                session.execute(new(Entry).on_conflict_do_nothing(index_elements=["id"]), rows)
+            session.execute(update(Writer).where(Writer.id == self._id).values(last_flush=time.time()))
+        for _ in rows:
+            self._waiting.popleft()
+        return bool(self._waiting)
+
+    def _open(self) -> None:
+        """Enters this writer, and finds those that ended without a word."""
+        host, now = platform.node(), time.time()
+        with Session(self._engine) as session, session.begin():
+            for writer in session.scalars(select(Writer).where(Writer.ended.is_(None))):
+                if _alive(writer) if writer.host == host else now - writer.last_flush < _SILENCE_S:
+                    continue
+                writer.ended, writer.gap = now, True
+                _log.warning("ledger_gap", writer=writer.id, pid=writer.pid, rows_missing_after=writer.last_flush)
+            session.execute(
+                insert(Writer).values(id=self._id, host=host, pid=os.getpid(), started=now, last_flush=now, gap=False)
+            )
+
+
+def row_of(call: Call) -> dict[str, Any]:
+    """A call as a row of the ledger."""
+    ended = call.ended if call.ended is not None else time.perf_counter()
+    return {
+        "id": call.id,
+        "request_id": call.request_id,
+        "user": call.account.user,
+        "key_id": call.account.key_id,
+        "model": call.model[:255],
+        "route": call.route,
+        "arrived_at": call.arrived_at,
+        "duration": ended - call.arrived,
+        "queue_wait": call.queue_wait,
+        "time_to_first_token": call.first_token - call.arrived if call.first_token is not None else None,
+        "prompt_tokens": call.billed_prompt,
+        "generated_tokens": call.billed_generated,
+        "status": call.status,
+        "outcome": call.outcome,
+        "reason": call.reason[:32],
+    }
+
+
+def _alive(writer: Writer) -> bool:
+    """Whether the writer's process still runs; a pid that was given to another is told by its start."""
+    try:
+        return bool(psutil.Process(writer.pid).create_time() <= writer.started)
+    except psutil.Error:
+        return False

@@ -1,0 +1,8 @@
+"""Run by alembic for `store.database.migrate`, which passes the open connection."""
+
+from alembic import context
+
+from synthia_vllm.gateway.store.tables import Base
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
+context.run_migrations()

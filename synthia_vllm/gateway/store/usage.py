@@ -1,0 +1,93 @@
+"""What the ledger adds up to."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Engine, Integer, case, cast, func, select
+from sqlalchemy.orm import Session
+
+from synthia_vllm.gateway.store.tables import Entry, Writer
+
+By = Literal["user", "day", "model"]
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Requests and tokens of one user, day (UTC) or model. Refused requests cost nothing and are counted apart."""
+
+    name: str
+    requests: int
+    refused: int
+    prompt_tokens: int
+    generated_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A gateway ended without a word: its rows from `since` to at most `until` may be missing. Unix times."""
+
+    since: float
+    until: float
+
+
+def usage(
+    engine: Engine,
+    *,
+    user: str | None = None,
+    since: float | None = None,
+    until: float | None = None,
+    by: By = "user",
+) -> list[UsageRow]:
+    """Sums over requests that arrived in [since, until), Unix times, ordered by name."""
+    names: dict[By, ColumnElement[Any]] = {
+        "user": Entry.user.expression,
+        "model": Entry.model.expression,
+        "day": cast(func.floor(Entry.arrived_at / _DAY_S), Integer),
+    }
+    name = names[by]
+    refused = func.sum(case((Entry.outcome == "rejected", 1), else_=0))
+    query = select(name, func.count(), refused, func.sum(Entry.prompt_tokens), func.sum(Entry.generated_tokens)).where(
+        *_between(user, since, until)
+    )
+    with Session(engine) as session:
+        rows: Sequence[Any] = session.execute(query.group_by(name).order_by(name)).all()
+    return [
+        UsageRow(_day(key) if by == "day" else key, count - refusals, refusals, int(prompt), int(generated))
+        for key, count, refusals, prompt, generated in rows
+    ]
+
+
+def spent_tokens(engine: Engine, user: str, since: float) -> int:
+    """Tokens billed to a user since then."""
+    total = func.sum(Entry.prompt_tokens + Entry.generated_tokens)
+    with Session(engine) as session:
+        return int(session.scalar(select(total).where(*_between(user, since, None))) or 0)
+
+
+def gaps(engine: Engine, since: float | None = None, until: float | None = None) -> list[Gap]:
+    """Where the ledger may have holes."""
+    query = select(Writer).where(Writer.gap).order_by(Writer.last_flush)
+    with Session(engine) as session:
+        found = [Gap(row.last_flush, row.ended or row.last_flush) for row in session.scalars(query)]
+    return [gap for gap in found if (since is None or gap.until >= since) and (until is None or gap.since < until)]
+
+
+def _between(user: str | None, since: float | None, until: float | None) -> list[ColumnElement[bool]]:
+    found: list[ColumnElement[bool]] = []
+    if user is not None:
+        found.append(Entry.user == user)
+    if since is not None:
+        found.append(Entry.arrived_at >= since)
+    if until is not None:
+        found.append(Entry.arrived_at < until)
+    return found
+
+
+def _day(number: int) -> str:
+    return datetime.fromtimestamp(number * _DAY_S, UTC).date().isoformat()

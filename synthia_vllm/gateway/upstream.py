@@ -1,0 +1,197 @@
+"""Engines that run elsewhere, as an ASGI app."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+import structlog
+from prometheus_client import make_asgi_app
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import Message, Receive, Scope, Send
+
+from synthia_vllm.errors import SetupError, UpstreamLost, UpstreamTimeout
+from synthia_vllm.gateway.replies import send_json
+
+_RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
+_READ_BUFFER = 256 * 1024
+# Of one connection only (RFC 9110, 7.6.1), or set anew for the next.
+_HOP_HEADERS = {
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
+    b"transfer-encoding", b"upgrade", b"host", b"content-length", b"accept-encoding",
+}  # fmt: skip
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Target:
+    url: str
+    in_flight: int = 0
+    resting_until: float = 0.0
+
+
+class HttpUpstream:
+    """Passes requests on to OpenAI-compatible engines over HTTP; to the one with the fewest in flight.
+
+    Raises UpstreamLost (502) where none accepts a connection, or one breaks off before its reply starts, and
+    UpstreamTimeout (504) where nothing comes for `read_timeout` seconds. A stream that breaks ends with one error
+    event in the band and without `[DONE]`. Only refused connections are tried elsewhere: anything later may have been
+    begun. A client that leaves ends its request upstream at once. `async with` opens and closes the connections.
+    """
+
+    def __init__(self, urls: Sequence[str], *, connect_timeout: float = 5.0, read_timeout: float = 300.0) -> None:
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+                raise SetupError(f"--upstream {url}: a URL like http://127.0.0.1:8001")
+        self._targets = [_Target(url.rstrip("/")) for url in urls]
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
+        self._session: aiohttp.ClientSession | None = None
+        self._metrics = make_asgi_app()  # our own; the engines' are scraped where they are
+
+    async def __aenter__(self) -> "HttpUpstream":
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=self._timeout,
+            auto_decompress=False,
+            read_bufsize=_READ_BUFFER,
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await _lifespan(receive, send)
+        if scope["path"] == "/health":
+            return await send_json(200, {}, send)
+        if scope["path"] == "/metrics":
+            await self._metrics(scope, receive, send)
+            return None
+        body = await _whole_body(receive)
+        if body is None:
+            return None
+        exchange = asyncio.ensure_future(self._pass(scope, body, send))
+        gone = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((exchange, gone), return_when=asyncio.FIRST_COMPLETED)
+            if exchange.done():
+                exchange.result()
+        finally:
+            gone.cancel()
+            exchange.cancel()
+            await asyncio.gather(exchange, gone, return_exceptions=True)
+        return None
+
+    async def capacity(self) -> int | None:
+        """Tokens that the KV caches of all upstreams hold, by vLLM's own metric; None if any does not tell."""
+        assert self._session is not None
+        total = 0
+        for target in self._targets:
+            try:
+                async with self._session.get(f"{target.url}/metrics") as reply:
+                    text = await reply.text()
+                tokens = _cache_tokens(text)
+            except (aiohttp.ClientError, TimeoutError, ValueError):
+                return None
+            if tokens is None:
+                return None
+            total += tokens
+        return total
+
+    async def _pass(self, scope: Scope, body: bytes, send: Send) -> None:
+        for target in self._by_load():
+            target.in_flight += 1
+            try:
+                return await self._ask(target, scope, body, send)
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+                target.resting_until = time.monotonic() + _RESTING_S
+                _log.warning("upstream_refuses", upstream=target.url, error=str(error))
+            finally:
+                target.in_flight -= 1
+        raise UpstreamLost("no engine can be reached")
+
+    def _by_load(self) -> list[_Target]:
+        """All, the least busy first; those that refused of late last, to be tried only if nothing else is there."""
+        now = time.monotonic()
+        return sorted(self._targets, key=lambda target: (target.resting_until > now, target.in_flight))
+
+    async def _ask(self, target: _Target, scope: Scope, body: bytes, send: Send) -> None:
+        assert self._session is not None
+        headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in _passed(scope["headers"])]
+        path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope.get("query_string") else "")
+        started = streaming = False
+        try:
+            async with self._session.request(
+                scope["method"], target.url + path, data=body or None, headers=headers, allow_redirects=False
+            ) as reply:
+                streaming = reply.content_type == "text/event-stream"
+                started = True
+                start = {"type": "http.response.start", "status": reply.status, "headers": _passed(reply.raw_headers)}
+                await send(start)
+                async for part in reply.content.iter_any():
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except aiohttp.ClientConnectorError:
+            raise
+        except TimeoutError as error:
+            if isinstance(error, aiohttp.ConnectionTimeoutError):
+                raise
+            await self._broken(UpstreamTimeout("the engine sent nothing for too long"), started, streaming, send)
+        except aiohttp.ClientError as error:
+            await self._broken(UpstreamLost(f"the engine broke off: {error}"), started, streaming, send)
+
+    async def _broken(self, error: UpstreamLost, started: bool, streaming: bool, send: Send) -> None:
+        if started and streaming:
+            event = b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        raise error
+
+
+def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    lowered = ((key.lower(), value) for key, value in headers)
+    return [(key, value) for key, value in lowered if key not in _HOP_HEADERS]
+
+
+async def _whole_body(receive: Receive) -> bytes | None:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body.extend(message.get("body", b""))
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message: Message = await receive()
+        await send({"type": message["type"] + ".complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+def _cache_tokens(text: str) -> int | None:
+    for family in text_string_to_metric_families(text):
+        if family.name == "vllm:cache_config_info":
+            return sum(
+                int(sample.labels["num_gpu_blocks"]) * int(sample.labels["block_size"])
+                for sample in family.samples
+                if sample.labels.get("num_gpu_blocks", "").isdigit()
+            )
+    return None
