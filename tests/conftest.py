@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytest_plugins = ["tests.services"]
+
 START_TIMEOUT_S = 300
 
 
@@ -31,8 +33,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     log, out = folder / "engine.log", folder / "out.txt"
     command = [sys.executable, "-m", "synthia_vllm", "serve", "--port", "0", "--log-file", str(log)]
     command += ["--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1"]
+    environment = {**os.environ, "SYNTHIA_DATA": str(folder / "data")}
     with out.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (found := re.search(r"at (http://\S+)", out.read_text())):

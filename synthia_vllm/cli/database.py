@@ -4,14 +4,14 @@ import csv
 import io
 import json
 import re
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
@@ -48,11 +48,11 @@ def moment(text: str | None, option: str, *, future: bool = False) -> float | No
     if text is None:
         return None
     seconds = span(text)
-    if seconds is not None:
-        return time.time() + (seconds if future else -seconds)
     try:
+        if seconds is not None:
+            return (datetime.now(UTC) + timedelta(seconds=seconds if future else -seconds)).timestamp()
         found = datetime.fromisoformat(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise SetupError(f"{option} {text!r}: a date like 2027-01-31, or a span like 30d, 12h, 15m") from None
     return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
@@ -70,8 +70,13 @@ def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str) -> N
     else:
         table = Table(*(name.replace("_", " ") for name in columns), box=None)
         for row in rows:
-            table.add_row(*("" if row[name] is None else str(row[name]) for name in columns))
+            table.add_row(*(_cell(row[name]) for name in columns))
         Console(width=None if Console().is_terminal else 200).print(table)
+
+
+def _cell(value: Any) -> Text:
+    """Text as it is: a model's name is the client's, and neither markup nor a terminal's command."""
+    return Text("" if value is None else "".join(c if c.isprintable() else "\ufffd" for c in str(value)))
 
 
 def utc(seconds: float | None) -> str | None:

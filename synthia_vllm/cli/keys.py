@@ -1,5 +1,7 @@
 """`synthia-vllm keys`."""
 
+import math
+import re
 import time
 from typing import Any
 
@@ -7,6 +9,19 @@ import click
 
 from synthia_vllm.cli.database import database_option, moment, open_from, show, span, utc
 from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.accounts import USER_NAME
+
+
+def _name(context: click.Context, option: click.Parameter, value: str) -> str:
+    if not re.fullmatch(USER_NAME, value):
+        raise click.BadParameter("1 to 64 letters, digits or any of . _ @ : + -")
+    return value
+
+
+def _number(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and math.isnan(value):  # which no range keeps out
+        raise click.BadParameter("a number")
+    return value
 
 
 @click.group("keys")
@@ -18,9 +33,11 @@ def command() -> None:
 
 
 @command.command("create")
-@click.option("--user", required=True, help="Whom the key belongs to; made if need be.")
+@click.option("--user", required=True, callback=_name, help="Whom the key belongs to; made if need be.")
 @click.option("--admin", is_flag=True, help="A key for /admin and /metrics, and for nothing else.")
-@click.option("--weight", type=click.FloatRange(0, min_open=True), help="Share of the engine under backlog.")
+@click.option(
+    "--weight", type=click.FloatRange(0.001, 1000), callback=_number, help="Share of the engine under backlog."
+)
 @click.option("--priority", type=click.Choice(["interactive", "batch"]), help="Batch waits for interactive.")
 @click.option("--requests-per-minute", type=click.IntRange(1))
 @click.option("--tokens-per-minute", type=click.IntRange(1), help="Prompt and generated tokens.")

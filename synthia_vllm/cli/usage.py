@@ -24,6 +24,6 @@ def command(user: str | None, since: str | None, until: str | None, by: str, for
     show([{by: row.name, **row.as_dict()} for row in rows], [by, *_COLUMNS], form)
     for gap in gaps(engine, start, end):
         click.echo(
-            f"A server ended without a word: what it served in the second after {utc(gap.since)} may be missing.",
+            f"A server ended without a word: what it served after {utc(gap.since)} may be missing.",
             err=True,
         )

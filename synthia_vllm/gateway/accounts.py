@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+USER_NAME = r"[\w.@:+-]{1,64}"
+
 Priority = Literal["interactive", "batch"]
 
 

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from starlette.exceptions import HTTPException
 
 from synthia_vllm.errors import NotFound, RequestError
-from synthia_vllm.gateway.accounts import Priority, UserLimits
+from synthia_vllm.gateway.accounts import USER_NAME, Priority, UserLimits
 from synthia_vllm.gateway.store.keys import UnknownKey
 from synthia_vllm.gateway.store.usage import usage
 
 if TYPE_CHECKING:
     from synthia_vllm.gateway.app import Gateway
 
-_NAME = Field(min_length=1, max_length=64, pattern=r"^[\w.@:+-]+$")
+_NAME = Field(pattern=f"^{USER_NAME}$")
 
 
 class NewKey(BaseModel):
@@ -28,7 +28,7 @@ class NewKey(BaseModel):
     user: Annotated[str, _NAME]
     admin: bool = False
     expires: datetime | None = None
-    weight: PositiveFloat | None = None
+    weight: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     priority: Priority | None = None
     requests_per_minute: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from synthia_vllm.errors import RequestError
 from synthia_vllm.gateway.call import Call, call_of
 from synthia_vllm.gateway.dialects import DIALECTS, Exchange
-from synthia_vllm.gateway.events import take_events
+from synthia_vllm.gateway.events import is_one_event, take_events
 from synthia_vllm.gateway.intake import DEFAULT_MAX_BODY_BYTES, decode_object, read_body, replay, without_body_headers
 from synthia_vllm.gateway.replies import header, send_error
 from synthia_vllm.prompt import MarkerPolicy
@@ -107,12 +107,18 @@ class ContractReply:
             self._start = message
 
     async def _stream(self, message: Message) -> None:
-        self._buffer += message.get("body", b"")
+        body = message.get("body", b"")
         more = message.get("more_body", False)
-        out = b"".join(self._exchange.event(event) for event in take_events(self._buffer))
+        if not self._buffer and is_one_event(body):
+            out = self._exchange.event(body)
+        else:
+            self._buffer += body
+            out = b"".join(map(self._exchange.event, take_events(self._buffer)))
         if not more:
             out += bytes(self._buffer)
-        if out or not more:
+        if out is body:
+            await self._send(message)
+        elif out or not more:
             await self._send({"type": "http.response.body", "body": out, "more_body": more})
 
     async def _collect(self, message: Message) -> None:

@@ -9,3 +9,8 @@ def take_events(buffer: bytearray) -> Iterator[bytes]:
         event = bytes(buffer[: end + 2])
         del buffer[: end + 2]
         yield event
+
+
+def is_one_event(body: bytes) -> bool:
+    """Whether these bytes are one whole event, which is how vLLM sends."""
+    return 0 < body.find(b"\n\n") == len(body) - 2

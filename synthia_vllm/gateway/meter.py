@@ -7,7 +7,7 @@ import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from synthia_vllm.gateway.call import Call, call_of
-from synthia_vllm.gateway.events import take_events
+from synthia_vllm.gateway.events import is_one_event, take_events
 from synthia_vllm.gateway.intake import replay, without_body_headers
 from synthia_vllm.gateway.replies import header
 
@@ -85,8 +85,8 @@ class MeteredReply:
         await self._send(message)
 
     def _events(self, body: bytes) -> bytes:
-        if not self._buffer and 0 < body.find(b"\n\n") == len(body) - 2:
-            return self._event(body)  # one whole event: how vLLM sends
+        if not self._buffer and is_one_event(body):
+            return self._event(body)
         self._buffer += body
         return b"".join(map(self._event, take_events(self._buffer)))
 

@@ -1,6 +1,9 @@
 """What of the model's text is the reply: the card's `string.split("USER:")[0].strip()`, also while it streams."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from synthia_vllm.prompt.contract import STOP_STRINGS
 
@@ -25,7 +28,7 @@ class ReplyFilter:
 
     def __init__(self, stops: Sequence[str] = STOP_STRINGS, *, keep_leading: bool = False) -> None:
         self.stopped = False  # a stop string was met: nothing more will come
-        self._stops = tuple(stops)
+        self._patterns = _patterns(tuple(stops))
         self._keep_leading = keep_leading
         self._held = ""
 
@@ -33,16 +36,19 @@ class ReplyFilter:
         """Takes text that follows what was fed before; returns what is sure to belong to the reply."""
         if self.stopped or not text:
             return ""
-        self._held += text
+        patterns, held = self._patterns, self._held + text if self._held else text
         if not self._keep_leading:
-            self._held = self._held.lstrip()
-        cut = min((at for at in map(self._held.find, self._stops) if at >= 0), default=-1)
-        if cut >= 0:
+            held = held.lstrip()
+        if found := patterns.stop.search(held):
             self.stopped = True
-            sure, self._held = self._held[:cut].rstrip(), ""
+            sure, held = held[: found.start()].rstrip(), ""
+        elif held and held[-1] not in patterns.last and not held[-1].isspace():
+            sure, held = held, ""  # the usual case
         else:
-            sure = self._held[: self._sure_end()].rstrip()
-            self._held = self._held[len(sure) :]
+            begun = patterns.begun.search(held)
+            sure = (held[: begun.start()] if begun else held).rstrip()
+            held = held[len(sure) :]
+        self._held = held
         if sure:
             self._keep_leading = True
         return sure
@@ -52,12 +58,23 @@ class ReplyFilter:
         rest, self._held = self._held.rstrip(), ""
         return rest
 
-    def _sure_end(self) -> int:
-        """Where the longest end of the held text starts that is the beginning of a stop string."""
-        held = self._held
-        return min(
-            len(held) - size
-            for stop in self._stops or ("",)
-            for size in range(min(len(stop), len(held) + 1))
-            if held.endswith(stop[:size])
-        )
+
+@dataclass(frozen=True, slots=True)
+class _Patterns:
+    stop: re.Pattern[str]  # a stop string
+    begun: re.Pattern[str]  # at the end of a text, what a stop string could start with
+    last: frozenset[str]  # the characters that `begun` can end with
+
+
+@lru_cache(maxsize=1024)
+def _patterns(stops: tuple[str, ...]) -> _Patterns:
+    beginnings = sorted({stop[:size] for stop in stops for size in range(1, len(stop))}, key=len, reverse=True)
+    return _Patterns(
+        stop=_any_of(stops),
+        begun=re.compile(rf"(?:{_any_of(beginnings).pattern})\Z"),
+        last=frozenset(beginning[-1] for beginning in beginnings),
+    )
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")

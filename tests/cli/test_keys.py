@@ -110,7 +110,6 @@ def test_a_mistake_is_told_with_its_option(run: Run, words: list[str], told: str
     assert done.stdout == ""
 
 
-@pytest.mark.xfail(strict=True, reason="not checked: a name that no database takes, a weight that is no number, ...")
 @pytest.mark.parametrize(
     "words",
     [
@@ -176,7 +175,6 @@ def test_usage_tells_of_a_gap_on_stderr(run: Run, tmp_path: Path) -> None:
     assert run("usage", "--since", future).stderr == ""
 
 
-@pytest.mark.xfail(strict=True, reason="show() hands a client's text to rich as markup")
 def test_a_models_name_is_text_and_not_markup(run: Run, tmp_path: Path) -> None:
     run("keys", "list")
     fill(tmp_path, "[/bold]", "[red]", "a\x1b[31mb")

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from synthia_vllm.errors import RequestError
-from synthia_vllm.gateway.dialects.base import Exchange
+from synthia_vllm.gateway.dialects.base import AS_IT_CAME, Exchange
 from synthia_vllm.prompt import STOP_STRINGS, MarkerPolicy
 
 
@@ -36,19 +36,19 @@ class Messages(CountTokens):
         self.add_defaults()
         self._own = self.merge_stops()
 
-    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any] | None]:
+    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any]]:
         kind = chunk.get("type")
         if kind == "content_block_delta" and chunk["delta"].get("type") == "text_delta":
             text = chunk["delta"]["text"]
             passed = self.filter(chunk["index"]).feed(text)
             if passed == text:
-                return (None,)
+                return AS_IT_CAME
             chunk["delta"]["text"] = passed
             return (chunk,) if passed else ()
         if kind == "message_delta":
             self._end_turn(chunk["delta"])
             return (chunk,)
-        return (None,)
+        return AS_IT_CAME
 
     def event(self, event: bytes) -> bytes:
         if event.startswith(b"event: content_block_stop"):

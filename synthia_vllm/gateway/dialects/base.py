@@ -23,6 +23,10 @@ _ROLES = ("system", "developer", "user", "assistant")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
+# Saves encoding anew what was not changed.
+AS_IT_CAME: Sequence[dict[str, Any]] = [{}]
+
+
 class Dialect(Protocol):
     """Makes the exchange of one request. Raises RequestError for what the contract has no form for."""
 
@@ -59,13 +63,13 @@ class Exchange:
         data = event[start + 5 :].strip()
         if start < 0 or not data.startswith(b"{"):
             return event  # a comment, or [DONE]
-        return b"".join(
-            event if out is None else event[:start] + b"data: " + msgspec.json.encode(out) + b"\n\n"
-            for out in self.chunk(msgspec.json.decode(data))
-        )
+        chunks = self.chunk(msgspec.json.decode(data))
+        if chunks is AS_IT_CAME:
+            return event
+        return b"".join(event[:start] + b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
 
-    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any] | None]:
-        """The chunks to send for one chunk of upstream; None stands for that chunk as it came."""
+    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any]]:
+        """The chunks to send for one chunk of upstream; AS_IT_CAME for that chunk unchanged."""
         raise NotImplementedError
 
     def whole(self, reply: dict[str, Any]) -> dict[str, Any]:

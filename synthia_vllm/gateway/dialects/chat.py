@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from synthia_vllm.errors import RequestError
-from synthia_vllm.gateway.dialects.base import Exchange
+from synthia_vllm.gateway.dialects.base import AS_IT_CAME, Exchange
 from synthia_vllm.prompt import MarkerPolicy
 
 
@@ -46,7 +46,7 @@ class ChatCompletions(ChatExchange):
         # We cut the text ourselves, so that the engine need not hold back the first characters of every reply.
         request["include_stop_str_in_output"] = True
 
-    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any] | None]:
+    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any]]:
         changed = False
         kept = []
         for choice in chunk.get("choices", ()):
@@ -68,7 +68,7 @@ class ChatCompletions(ChatExchange):
             if passed or finished or "role" in delta or choice.get("logprobs") or choice.get("token_ids"):
                 kept.append(choice)
         if len(kept) == len(chunk.get("choices", ())):
-            return (chunk,) if changed else (None,)
+            return (chunk,) if changed else AS_IT_CAME
         if not kept and not chunk.get("usage"):
             return ()
         chunk["choices"] = kept

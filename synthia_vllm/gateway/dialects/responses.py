@@ -44,7 +44,7 @@ class Responses(Exchange):
         if not has_system and (preset := self.preset()):
             self.request["instructions"] = preset
 
-    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any] | None]:
+    def chunk(self, chunk: dict[str, Any]) -> Sequence[dict[str, Any]]:
         kind = chunk.get("type")
         out = [chunk]
         if kind == "response.output_text.delta":

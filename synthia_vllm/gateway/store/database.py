@@ -8,10 +8,13 @@ import filelock
 import platformdirs
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.store.tables import Base
 
 DATA_VARIABLE = "SYNTHIA_DATA"
 _CONNECT_TIMEOUT_S = 5
@@ -36,7 +39,10 @@ def open_database(url: str | None = None) -> Engine:
     try:
         address = make_url(url or f"sqlite:///{data_folder() / 'synthia.db'}")
         engine = _create(address)
-    except (ArgumentError, ImportError) as error:
+    except OSError as error:
+        where = url or f"in {error.filename}"
+        raise SetupError(f"--access.database {where}: {error.strerror}; name a file that this user may write") from None
+    except (ArgumentError, ImportError, ValueError) as error:
         raise SetupError(f"--access.database: {error}; an SQLAlchemy URL, see --help") from None
     shown = address.render_as_string(hide_password=True)
     try:
@@ -45,6 +51,9 @@ def open_database(url: str | None = None) -> Engine:
         engine.dispose()
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise SetupError(f"--access.database {shown}: {reason}; is it running, and may this user open it?") from None
+    except CommandError as error:
+        engine.dispose()
+        raise SetupError(f"--access.database {shown}: {error}; a newer version has opened it: install that") from None
     return engine
 
 
@@ -52,12 +61,20 @@ def migrate(engine: Engine) -> None:
     """Brings the tables up to date, once even where several processes start at the same time."""
     if engine.dialect.name == "sqlite" and engine.url.database:
         with filelock.FileLock(f"{engine.url.database}.lock", mode=0o600), engine.begin() as connection:
+            # Else Python's sqlite3 makes each table outside of a transaction, and a killed start leaves half of them.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
             _upgrade(connection)
         return
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRES_LOCK})
         _upgrade(connection)
+
+
+def insert_or_ignore(engine: Engine, table: type[Base], key: str) -> Any:
+    """An INSERT that leaves a row with the same key as it is."""
+    insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+    return insert(table).on_conflict_do_nothing(index_elements=[key])
 
 
 def _create(address: Any) -> Engine:

@@ -17,6 +17,7 @@ _POLL_S = 1.0
 _MOST = 10_000  # known and unknown keys that are remembered
 # Without its database a gateway goes on with the keys that it knows for so long.
 _BLIND_S = 60.0
+_ANSWER_S = 3.0  # a database that takes longer counts as lost
 
 _log = structlog.get_logger(__name__)
 
@@ -34,6 +35,7 @@ class KeyCache:
         self._revision: int | None = None
         self._seen = clock()  # when the database last answered
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="keys")
+        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="keys-watch")  # a flood of look-ups can't hold it up
 
     async def lookup(self, presented: str) -> Account | None:
         """The account that a key opens; None for a key that is malformed, unknown, revoked or expired."""
@@ -56,14 +58,16 @@ class KeyCache:
             await asyncio.sleep(_POLL_S)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._watcher):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def _ask(self, digest: str, presented: str) -> Account | None:
         revision = self._revision
         loop = asyncio.get_running_loop()
         try:
-            account = await loop.run_in_executor(self._pool, self._store.find, presented)
-        except SQLAlchemyError:
+            async with asyncio.timeout(_ANSWER_S):
+                account = await loop.run_in_executor(self._pool, self._store.find, presented)
+        except (SQLAlchemyError, TimeoutError):
             raise Overloaded("keys can't be looked up now", 5.0) from None
         if revision == self._revision:  # else it may be known in a state that is gone
             self._known[digest] = account
@@ -74,10 +78,11 @@ class KeyCache:
     async def _poll(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            revision = await loop.run_in_executor(self._pool, self._store.revision)
-        except SQLAlchemyError as error:
+            async with asyncio.timeout(_ANSWER_S):
+                revision = await loop.run_in_executor(self._watcher, self._store.revision)
+        except (SQLAlchemyError, TimeoutError) as error:
             if self._revision is not None:
-                _log.error("key_database_lost", error=str(error).splitlines()[0])
+                _log.error("key_database_lost", error=str(error).partition("\n")[0] or "no answer")
                 self._revision = None
             if self._clock() - self._seen > _BLIND_S:
                 self._known.clear()

@@ -1,5 +1,6 @@
 """API keys and their users: made, found, rotated, revoked."""
 
+import contextlib
 import hashlib
 import hmac
 import os
@@ -14,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.accounts import Account, Priority, UserLimits
-from synthia_vllm.gateway.store.database import data_folder
+from synthia_vllm.gateway.store.database import data_folder, insert_or_ignore
 from synthia_vllm.gateway.store.tables import Key, Revision, User, as_dict
 from synthia_vllm.settings import Settings
 
@@ -25,7 +26,7 @@ _KEY_LENGTH = len(PREFIX) + _ID_LENGTH + _SECRET_LENGTH
 
 
 class UnknownKey(SetupError):
-    """There is no key with that id, or it is revoked already."""
+    """There is no key with that id, or it has ended."""
 
     def __init__(self, key_id: str) -> None:
         super().__init__(f"there is no active key {key_id!r}; `synthia-vllm keys list` shows the ids")
@@ -39,11 +40,14 @@ def load_secret(settings: Settings) -> bytes:
     if settings.access.secret is not None:
         return settings.access.secret.get_secret_value().encode()
     path = data_folder() / "key-secret"
-    try:
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+    if not path.exists():
+        # Written whole before it has its name: another process that starts now never reads half a secret.
+        own = path.with_name(f".key-secret-{secrets.token_hex(8)}")
+        with os.fdopen(os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)
+        own.unlink()
     secret = path.read_text().strip()
     if not secret:
         raise SetupError(f"{path} is empty; restore it from a backup, or delete it and make all keys anew")
@@ -77,25 +81,28 @@ class KeyStore:
         if limits is not None:
             given |= {name: getattr(limits, name) for name in limits.__slots__}
         with Session(self.engine) as session, session.begin():
-            row = session.get(User, user)
-            if row is None:
-                row = User(name=user, weight=1.0, priority="interactive", created=time.time())
-                session.add(row)
-                session.flush()
+            new = {"name": user, "weight": 1.0, "priority": "interactive", "created": time.time()}
+            session.execute(insert_or_ignore(self.engine, User, "name"), new)
+            row = session.get_one(User, user)
             for name, value in given.items():
                 if value is not None:
                     setattr(row, name, value)
             return self._add(session, user, admin=admin, expires=expires)
 
     def rotate(self, key_id: str, grace: float = 0.0) -> tuple[str, str]:
-        """A new key for the same user; the old one ends after `grace` seconds. Raises UnknownKey."""
+        """A new key with the same end for the same user; the old one ends after `grace` seconds.
+
+        Raises UnknownKey, also for a key that has expired or was rotated before.
+        """
         with Session(self.engine) as session, session.begin():
-            old = self._active(session, key_id)
-            ending = time.time() + grace
+            old, now = self._active(session, key_id), time.time()
             expires = old.expires
-            old.expires = ending if expires is None else min(ending, expires)
+            if old.rotated is not None or (expires is not None and expires <= now):
+                raise UnknownKey(key_id)
+            old.rotated = now
+            old.expires = now + grace if expires is None else min(now + grace, expires)
             if grace <= 0:
-                old.revoked = time.time()
+                old.revoked = now
             return self._add(session, old.user, admin=old.admin, expires=expires)
 
     def revoke(self, key_id: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import platform
+import threading
 import time
 from collections import deque
 from typing import Any
@@ -11,11 +12,11 @@ from uuid import uuid4
 import psutil
 import structlog
 from sqlalchemy import Engine, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from synthia_vllm.gateway.call import Call
+from synthia_vllm.gateway.store.database import insert_or_ignore
 from synthia_vllm.gateway.store.tables import Entry, Writer
 
 INTERVAL_S = 0.5
@@ -39,6 +40,8 @@ class Ledger:
         self._engine = engine
         self._interval = interval
         self._waiting: deque[dict[str, Any]] = deque()
+        self._batch: list[dict[str, Any]] = []  # being written
+        self._writing = threading.Lock()  # the thread of `run` may still write when `close` does
         self._id = uuid4().hex
         self._failing = False
         self._open()
@@ -60,12 +63,18 @@ class Ledger:
 
     def flush(self) -> bool:
         """Writes what waits; False if the database did not take it."""
+        with self._writing:
+            return self._flush()
+
+    def _flush(self) -> bool:
         try:
-            while self._write(list(self._waiting)[:_BATCH]):
+            while self._write():
                 pass
         except SQLAlchemyError as error:
             if not self._failing:
-                _log.error("ledger_failing", waiting=len(self._waiting), error=str(error).splitlines()[0])
+                _log.error(
+                    "ledger_failing", waiting=len(self._waiting) + len(self._batch), error=str(error).splitlines()[0]
+                )
             self._failing = True
             return False
         if self._failing:
@@ -79,17 +88,18 @@ class Ledger:
             with Session(self._engine) as session, session.begin():
                 session.execute(update(Writer).where(Writer.id == self._id).values(ended=time.time()))
         else:
-            _log.error("ledger_rows_lost", rows=len(self._waiting))
+            _log.error("ledger_rows_lost", rows=len(self._waiting) + len(self._batch))
 
-    def _write(self, rows: list[dict[str, Any]]) -> bool:
-        """One batch; True if there may be more."""
+    def _write(self) -> bool:
+        """One batch; True if there may be more. A batch that fails is kept and tried again."""
+        while self._waiting and len(self._batch) < _BATCH:
+            self._batch.append(self._waiting.popleft())
+        rows = self._batch
         with Session(self._engine) as session, session.begin():
             if rows:
-                new = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
-                session.execute(new(Entry).on_conflict_do_nothing(index_elements=["id"]), rows)
+                session.execute(insert_or_ignore(self._engine, Entry, "id"), rows)
             session.execute(update(Writer).where(Writer.id == self._id).values(last_flush=time.time()))
-        for _ in rows:
-            self._waiting.popleft()
+        self._batch = []
         return bool(self._waiting)
 
     def _open(self) -> None:
@@ -114,7 +124,7 @@ def row_of(call: Call) -> dict[str, Any]:
         "request_id": call.request_id,
         "user": call.account.user,
         "key_id": call.account.key_id,
-        "model": call.model[:255],
+        "model": call.model.replace("\0", "\ufffd")[:255],  # a client's text; PostgreSQL takes no NUL
         "route": call.route,
         "arrived_at": call.arrived_at,
         "duration": ended - call.arrived,
@@ -131,6 +141,7 @@ def row_of(call: Call) -> dict[str, Any]:
 def _alive(writer: Writer) -> bool:
     """Whether the writer's process still runs; a pid that was given to another is told by its start."""
     try:
-        return bool(psutil.Process(writer.pid).create_time() <= writer.started)
+        process = psutil.Process(writer.pid)
+        return bool(process.create_time() <= writer.started and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False

@@ -40,6 +40,7 @@ class Key(Base):
     created: Mapped[float] = mapped_column(Float)
     expires: Mapped[float | None] = mapped_column(Float)
     revoked: Mapped[float | None] = mapped_column(Float)
+    rotated: Mapped[float | None] = mapped_column(Float)  # another was made in its place
 
 
 class Revision(Base):

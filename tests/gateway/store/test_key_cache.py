@@ -158,7 +158,6 @@ async def test_known_keys_outlive_a_lost_database_for_a_minute(postgres: Postgre
     engine.dispose()
 
 
-@pytest.mark.xfail(strict=True, reason="_poll waits without a limit, and only what follows it looks at the minute")
 async def test_known_keys_are_forgotten_where_the_database_hangs(postgres: Postgres) -> None:
     engine = open_database(postgres.new_database())
     store = KeyStore(engine, SECRET)

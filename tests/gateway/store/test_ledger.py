@@ -220,7 +220,6 @@ def test_a_writer_that_runs_is_no_gap(engine: Engine) -> None:
     second.close()
 
 
-@pytest.mark.xfail(strict=True, reason="_alive takes a zombie for a running process")
 def test_a_writer_that_nobody_reaped_is_a_gap(url: str, engine: Engine) -> None:
     process = subprocess.Popen([sys.executable, "-c", _WRITER, url], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -235,7 +234,6 @@ def test_a_writer_that_nobody_reaped_is_a_gap(url: str, engine: Engine) -> None:
         process.stdout.close()
 
 
-@pytest.mark.xfail(strict=True, reason="run's thread outlives its cancellation, and close() takes the same rows again")
 @pytest.mark.parametrize("late", [0, 3])
 async def test_closing_while_a_batch_is_written_ends_well(engine: Engine, make_call: MakeCall, late: int) -> None:
     """What the gateway does at its end: cancel `run`, then close."""
@@ -255,7 +253,6 @@ async def test_closing_while_a_batch_is_written_ends_well(engine: Engine, make_c
         assert session.scalar(select(func.count()).select_from(Writer).where(Writer.ended.is_(None))) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="_write pops as many as it wrote, whatever is in front by then")
 def test_rows_that_come_while_a_full_queue_is_written_are_kept(
     engine: Engine, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,14 +271,8 @@ def test_rows_that_come_while_a_full_queue_is_written_are_kept(
     assert {"late-0", "late-1", "late-2"} <= set(ids(engine))
 
 
-def test_one_row_that_the_database_refuses_does_not_hold_up_the_others(
-    engine: Engine, make_call: MakeCall, request: pytest.FixtureRequest
-) -> None:
+def test_one_row_that_the_database_refuses_does_not_hold_up_the_others(engine: Engine, make_call: MakeCall) -> None:
     """`{"model": "a\\u0000"}` is JSON that any client can send, and no text for PostgreSQL."""
-    if engine.dialect.name == "postgresql":
-        request.applymarker(
-            pytest.mark.xfail(strict=True, reason="a DataError is retried for ever, as a lost database")
-        )
     ledger = Ledger(engine)
     ledger.add(make_call("bad", model="a\0"))
     ledger.add(make_call("good"))

@@ -4,5 +4,7 @@ from alembic import context
 
 from synthia_vllm.gateway.store.tables import Base
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=Base.metadata, transactional_ddl=True
+)
 context.run_migrations()

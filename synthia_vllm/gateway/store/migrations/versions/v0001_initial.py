@@ -31,6 +31,7 @@ def upgrade() -> None:
         sa.Column("created", sa.Float, nullable=False),
         sa.Column("expires", sa.Float),
         sa.Column("revoked", sa.Float),
+        sa.Column("rotated", sa.Float),
     )
     revision_table = op.create_table(
         "revision",
