@@ -91,11 +91,11 @@ class MeteredReply:
         return b"".join(map(self._event, take_events(self._buffer)))
 
     def _event(self, event: bytes) -> bytes:
-        at = event.rfind(_USAGE_MARK)
-        if at < 0:
-            return self._event_without_usage(event)
-        found = _USAGE.match(event, at)
         call = self._call
+        at = event.rfind(_USAGE_MARK) if call.route in _CHAT_ROUTES else -1
+        if at < 0:
+            return self._event_of_others(event)
+        found = _USAGE.match(event, at)
         if found is None or call.choices > 1:
             return self._unusual(event)
         call.prompt_tokens = int(found[1])
@@ -104,7 +104,8 @@ class MeteredReply:
             return event if call.wants_usage else b""
         return event if call.wants_continuous_usage else event[:at] + event[found.end() :]
 
-    def _event_without_usage(self, event: bytes) -> bytes:
+    def _event_of_others(self, event: bytes) -> bytes:
+        """A chunk without usage, or an event of another API than OpenAI's completions."""
         call = self._call
         if b'"usage"' in event:  # the ends of the other APIs' streams, and `"usage":null`
             data = _data(event)

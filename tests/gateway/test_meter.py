@@ -107,3 +107,13 @@ async def test_a_clients_priority_is_dropped() -> None:
         for path in ("/v1/completions", "/v1/chat/completions"):
             await client.post(path, json={**CHAT, "prompt": "x", "priority": -9})
     assert not any("priority" in seen for seen in engine.seen)
+
+
+async def test_the_events_of_the_other_apis_pass_whole() -> None:
+    completed = b'{"type":"response.completed","sequence_number":0,"response":{"id":"1","usage":{"input_tokens":4,"output_tokens":2}}}'
+    pieces = [b"event: response.completed\ndata: " + completed + b"\n\n"]
+    stack = Stack(Foreign(pieces))
+    async with stack.client() as client:
+        reply = await client.post("/v1/responses", json={"model": "synthia", "input": "x", "stream": True})
+    assert "response.completed" in reply.text
+    assert (stack.calls[0].prompt_tokens, stack.calls[0].generated) == (4, 2)
