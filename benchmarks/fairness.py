@@ -36,6 +36,7 @@ HEAVY_REQUESTS = 100
 HEAVY_INPUT, HEAVY_OUTPUT = 32, 64  # tokens
 LIGHT_OUTPUT = 16
 LIGHT_REQUESTS = 20
+FCFS_REQUESTS = 5  # beside the heavy user, where each waits for the whole queue
 WEIGHTS_SECONDS = 30.0
 
 
@@ -80,7 +81,8 @@ def main(rounds: int, max_num_seqs: int, output: Path) -> None:
         results: dict[str, dict[str, list[Any]]] = {policy: {} for policy in POLICIES}
         for number in range(-1, rounds):
             for policy in POLICIES if number % 2 else reversed(POLICIES):
-                figures = asyncio.run(measure(urls[policy], keys, warm_up=number < 0))
+                beside = 2 if number < 0 else LIGHT_REQUESTS if policy == "vtc" else FCFS_REQUESTS
+                figures = asyncio.run(measure(urls[policy], keys, beside, warm_up=number < 0))
                 if number >= 0:
                     for name, value in figures.items():
                         results[policy].setdefault(name, []).append(value)
@@ -98,7 +100,7 @@ def make_key(user: str, environment: dict[str, str], *options: str) -> str:
     return done.stdout.strip()
 
 
-async def measure(url: str, keys: dict[str, str], *, warm_up: bool) -> dict[str, Any]:
+async def measure(url: str, keys: dict[str, str], requests_beside: int, *, warm_up: bool) -> dict[str, Any]:
     """One round on one server."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(600)) as session:
@@ -110,7 +112,7 @@ async def measure(url: str, keys: dict[str, str], *, warm_up: bool) -> dict[str,
             beside, heavy = Tally(), Tally()
             async with background(session, keys["heavy"], heavy, HEAVY_REQUESTS, warm_up=warm_up):
                 began, before = time.perf_counter(), heavy.tokens
-                await one_at_a_time(session, keys["light"], beside, requests, length)
+                await one_at_a_time(session, keys["light"], beside, requests_beside, length)
                 rate = (heavy.tokens - before + beside.tokens) / (time.perf_counter() - began)
             figures |= {f"{shape} alone": alone.first_token, f"{shape} beside": beside.first_token}
             figures[f"{shape} tokens/s"] = rate

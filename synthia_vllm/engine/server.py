@@ -46,9 +46,10 @@ async def _serve(settings: Settings, plan: EnginePlan, sock: socket.socket, on_r
             watch = asyncio.create_task(_watch_engine(engine, server))
             try:
                 drained = await server.run_until_stopped(sock)
+                code = 0 if drained and not engine.errored else 1
             finally:
                 watch.cancel()
-    return 0 if drained and not engine.errored else 1
+    return code
 
 
 @contextlib.asynccontextmanager

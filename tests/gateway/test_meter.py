@@ -110,8 +110,9 @@ async def test_a_clients_priority_is_dropped() -> None:
 
 
 async def test_the_events_of_the_other_apis_pass_whole() -> None:
-    completed = b'{"type":"response.completed","sequence_number":0,"response":{"id":"1","usage":{"input_tokens":4,"output_tokens":2}}}'
-    pieces = [b"event: response.completed\ndata: " + completed + b"\n\n"]
+    usage = b'"usage":{"input_tokens":4,"output_tokens":2}'
+    data = b'{"type":"response.completed","sequence_number":0,"response":{"id":"1",' + usage + b"}}"
+    pieces = [b"event: response.completed\ndata: " + data + b"\n\n"]
     stack = Stack(Foreign(pieces))
     async with stack.client() as client:
         reply = await client.post("/v1/responses", json={"model": "synthia", "input": "x", "stream": True})
