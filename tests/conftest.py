@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-pytest_plugins = ["tests.services"]
+pytest_plugins = ["tests.redis_service", "tests.services"]
 
 START_TIMEOUT_S = 300
 
@@ -24,6 +24,7 @@ class RunningServer:
     pid: int
     announcement: str  # what `serve` printed when it was ready
     log: Path
+    data: Path  # where its keys and its ledger are
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"serve did not start:\n{out.read_text()}\n{log.read_text()[-4000:]}")
             time.sleep(0.2)
-        yield RunningServer(found.group(1), process.pid, out.read_text(), log)
+        yield RunningServer(found.group(1), process.pid, out.read_text(), log, folder / "data")
     finally:
         if process.returncode is None and process.poll() is None:
             os.kill(process.pid, signal.SIGTERM)
