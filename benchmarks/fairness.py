@@ -36,8 +36,8 @@ HEAVY_REQUESTS = 100
 HEAVY_INPUT, HEAVY_OUTPUT = 32, 64  # tokens
 LIGHT_OUTPUT = 16
 LIGHT_REQUESTS = 20
-FCFS_REQUESTS = 5  # beside the heavy user, where each waits for the whole queue
-WEIGHTS_SECONDS = 30.0
+FCFS_REQUESTS = 3  # beside the heavy user, where each waits for the whole queue
+WEIGHTS_SECONDS = 20.0
 
 
 @dataclass

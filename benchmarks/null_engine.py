@@ -72,12 +72,14 @@ class NullEngine:
     async def _generate(self, reply: "_Reply", gone: asyncio.Future[None], send: Send) -> None:
         self.running += 1
         try:
-            if self._prefill_s:
-                await asyncio.sleep(self._prefill_s)
-            if reply.stream:
+            waits = self._prefill_s + (0.0 if reply.stream else self._gap * reply.tokens)
+            if waits:
+                await asyncio.wait((gone,), timeout=waits)
+            if gone.done():
+                self.aborted += 1
+            elif reply.stream:
                 await self._stream(reply, gone, send)
             else:
-                await asyncio.sleep(self._gap * reply.tokens)
                 await _answer(send, 200, reply.whole())
         finally:
             self.running -= 1
@@ -98,7 +100,8 @@ class NullEngine:
                 return
             if number == self._break_after:
                 raise ConnectionResetError("a fault, as ordered")
-            await send({"type": "http.response.body", "body": chunk(number), "more_body": True})
+            for index in range(reply.choices):
+                await send({"type": "http.response.body", "body": chunk(number, index), "more_body": True})
         await send({"type": "http.response.body", "body": reply.last(), "more_body": False})
 
     def _metrics(self) -> str:
@@ -118,6 +121,7 @@ class _Reply:
         wanted = request.get("max_completion_tokens") or request.get("max_tokens")
         self.tokens: int = wanted or (1024 if chat else 16)
         self.stream = bool(request.get("stream"))
+        self.choices: int = request.get("n") or 1
         self._chat = chat
         self._text = text
         self._prompt = max(1, len(str(request.get("messages", request.get("prompt")))) // 4)
@@ -130,45 +134,58 @@ class _Reply:
         if chat:
             choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
             self._events_head = {**self._head, "object": "chat.completion.chunk"}
+            self._details = b',"completion_tokens_details":null'
         else:
             choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
             choice["prompt_token_ids"] = None
+            self._details = b""
             self._events_head = self._head
         self._choice = {**choice, "token_ids": None}
-        self._body = msgspec.json.encode({**self._events_head, "choices": [self._choice]})[:-1]
+        self._bodies = [
+            msgspec.json.encode({**self._events_head, "choices": [{**self._choice, "index": index}]})[:-1]
+            for index in range(self.choices)
+        ]
 
     def first(self) -> bytes:
         if not self._chat:
             return b""
         choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        return self._event({**self._events_head, "choices": [choice]}, 0)
+        chunks = ({**self._events_head, "choices": [{**choice, "index": index}]} for index in range(self.choices))
+        return b"".join(self._event(chunk, 0, {"prompt_token_ids": None, "prompt_text": None}) for chunk in chunks)
 
-    def chunk(self, number: int) -> bytes:
+    def chunk(self, number: int, index: int) -> bytes:
         if number == self.tokens:
-            return self._event({**self._events_head, "choices": [{**self._choice, "finish_reason": "length"}]}, number)
+            choice = {**self._choice, "index": index, "finish_reason": "length", "stop_reason": None}
+            return self._event({**self._events_head, "choices": [choice]}, number)
         if not self._continuous:
-            return b"data: %b}\n\n" % self._body
+            return b"data: %b}\n\n" % self._bodies[index]
         prompt = self._prompt
-        return (
-            b'data: %b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d,'
-            b'"completion_tokens_details":null}}\n\n' % (self._body, prompt, prompt + number, number)
+        return b'data: %b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}}\n\n' % (
+            self._bodies[index],
+            prompt,
+            prompt + number,
+            number,
+            self._details,
         )
 
     def last(self) -> bytes:
         if not self._usage:
             return b"data: [DONE]\n\n"
-        return self._event({**self._events_head, "choices": []}, self.tokens, usage=True) + b"data: [DONE]\n\n"
+        chunk = {**self._events_head, "choices": [], "usage": self._count(self.tokens * self.choices)}
+        return b"data: " + msgspec.json.encode(chunk) + b"\n\ndata: [DONE]\n\n"
 
     def whole(self) -> bytes:
         text = self._text * self.tokens
         choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": "length"}
         choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return msgspec.json.encode({**self._head, "choices": [choice], "usage": self._count(self.tokens)})
+        choices = [{**choice, "index": index} for index in range(self.choices)]
+        return msgspec.json.encode({**self._head, "choices": choices, "usage": self._count(self.tokens * self.choices)})
 
-    def _event(self, chunk: dict[str, Any], number: int, *, usage: bool = False) -> bytes:
-        if usage or self._continuous:
-            chunk = {**chunk, "usage": self._count(number)}
-        return b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+    def _event(self, chunk: dict[str, Any], number: int, tail: dict[str, Any] | None = None) -> bytes:
+        if self._continuous:
+            details = {"completion_tokens_details": None} if self._details else {}
+            chunk = {**chunk, "usage": self._count(number) | details}
+        return b"data: " + msgspec.json.encode(chunk | (tail or {})) + b"\n\n"
 
     def _count(self, number: int) -> dict[str, Any]:
         prompt = self._prompt

@@ -190,6 +190,9 @@ class Settings(BaseSettings):
     upstream: Annotated[
         list[str], Field(description="`gateway` only: URL of an OpenAI-compatible engine; may be given several times")
     ] = []
+    upstream_key: Annotated[
+        SecretStr | None, Field(description="`gateway` only: API key that the engines themselves ask for")
+    ] = None
     tokenizer: Annotated[
         str | None,
         Field(

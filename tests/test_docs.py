@@ -2,10 +2,11 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.serving import markdown
+from benchmarks import cost, fairness, serving
 from synthia_vllm.cli.doctor import TCMALLOC_COST
 
 ROOT = Path(__file__).parents[1]
@@ -21,8 +22,17 @@ def test_the_architecture_page_names_what_exists(name: str) -> None:
         assert hasattr(importlib.import_module(module), attribute)
 
 
-def test_the_figures_quoted_are_the_ones_measured() -> None:
-    report = json.loads((ROOT / "benchmarks" / "results" / "serving.json").read_text())
-    assert markdown(report) in (ROOT / "README.md").read_text()
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("benchmark", [serving, cost, fairness])
+def test_the_figures_quoted_are_the_ones_measured(benchmark: Any) -> None:
+    name = benchmark.__name__.rpartition(".")[2]
+    assert benchmark.markdown(results(name)) in (ROOT / "README.md").read_text()
+
+
+def test_doctor_quotes_what_was_measured() -> None:
+    report = results("serving")
     without = report["ratios"]["completions, 64 streams: tokens/s, untuned / tuned"]["median"]
     assert f"{100 * (1 - without):.0f} %" in TCMALLOC_COST

@@ -1,15 +1,23 @@
 """`synthia-vllm gateway`."""
 
+import asyncio
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
 
+if TYPE_CHECKING:
+    from synthia_vllm.gateway.fair.scheduler import Scheduler
+    from synthia_vllm.gateway.upstream import HttpUpstream
+
+_ASK_AGAIN_S = 10.0
 PROG = "synthia-vllm gateway"
 
 
@@ -51,7 +59,10 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
 
     timeouts = settings.timeouts
     upstream = HttpUpstream(
-        settings.upstream, connect_timeout=timeouts.upstream_connect, read_timeout=timeouts.upstream_read
+        settings.upstream,
+        key=settings.upstream_key.get_secret_value() if settings.upstream_key else None,
+        connect_timeout=timeouts.upstream_connect,
+        read_timeout=timeouts.upstream_read,
     )
     async with upstream:
         tokens, requests = settings.fair.max_in_flight_tokens, settings.fair.max_in_flight_requests
@@ -64,13 +75,26 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
             click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}", err=True)
             if capacity.tokens is None:
                 click.echo(
-                    "The engine tells no KV cache size, so nothing queues here: set --fair.max-in-flight-tokens",
+                    "The engine tells no KV cache size (yet), so nothing queues here: set --fair.max-in-flight-tokens",
                     err=True,
                 )
 
         async with stack:
-            drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)
+            learning = asyncio.create_task(_learn_capacity(upstream, stack.scheduler))
+            try:
+                drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)
+            finally:
+                learning.cancel()
     return 0 if drained else 1
+
+
+async def _learn_capacity(upstream: "HttpUpstream", scheduler: "Scheduler") -> None:
+    """For engines that start after the gateway."""
+    while scheduler.room.capacity.tokens is None:
+        await asyncio.sleep(_ASK_AGAIN_S)
+        found = await upstream.capacity()
+        if found is not None:
+            scheduler.room.capacity = replace(scheduler.room.capacity, tokens=found)
 
 
 def _counter(folder: str | None) -> Callable[[str], int]:

@@ -26,8 +26,9 @@ class _LimitedProtocol(HttpToolsProtocol):
     headers_timeout: float
 
     def connection_made(self, transport: Any) -> None:
-        self._header_bytes = 0
-        self._reading_headers = True
+        self._header_bytes = 0  # of the request that is being read, by what the parser has found
+        self._unparsed = 0  # bytes since the last thing that it found
+        self._refusal: tuple[int, str] | None = None
         self._deadline: asyncio.TimerHandle | None = None
         super().connection_made(transport)
         self._watch()
@@ -37,34 +38,52 @@ class _LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._reading_headers:
-            self._header_bytes += len(data)
-            # A first packet may hold a small body as well; only headers that go on and on come past this.
-            if self._header_bytes > MAX_HEADER_BYTES and self._endless(data):
+        if self._idle():
+            # Whatever comes now must become a request in time: blank lines and the rest of a body that was answered
+            # before its end are none, and uvicorn has just stopped its own clock.
+            if self._deadline is None:
+                self._watch()
+            self._unparsed += len(data)
+            if self._unparsed > MAX_HEADER_BYTES and b"\r\n\r\n" not in data:
                 return self._refuse(431, f"the headers are over {MAX_HEADER_BYTES} bytes")
         super().data_received(data)
         return None
 
     def on_message_begin(self) -> None:
-        self._reading_headers = True
-        if self._deadline is None:
-            self._watch()
+        self._header_bytes = 0
         super().on_message_begin()
 
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS:
-            # Out of a parser's callback only an exception gets: uvicorn answers 400 and closes.
-            raise ValueError(f"more than {MAX_HEADERS} headers")
+            self._stop(431, f"more than {MAX_HEADERS} headers")
 
     def on_headers_complete(self) -> None:
-        self._reading_headers = False
-        self._header_bytes = 0
+        self._unparsed = 0
         self._unwatch()
         super().on_headers_complete()
 
-    def _endless(self, data: bytes) -> bool:
-        return b"\r\n\r\n" not in data or self._header_bytes - len(data) > MAX_HEADER_BYTES
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls where the parser, or one of the callbacks above, has raised."""
+        self._refuse(*(self._refusal or (400, msg)))
+
+    def _idle(self) -> bool:
+        """No request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self._stop(431, f"the headers are over {MAX_HEADER_BYTES} bytes")
+
+    def _stop(self, status: int, message: str) -> None:
+        self._refusal = status, message
+        raise ValueError(message)  # out of a parser's callback only an exception gets
 
     def _watch(self) -> None:
         self._deadline = asyncio.get_running_loop().call_later(self.headers_timeout, self._late)
@@ -76,13 +95,14 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def _late(self) -> None:
         self._deadline = None
-        self._refuse(408, f"no whole request came within {self.headers_timeout:g} s")
+        if self._idle():
+            self._refuse(408, f"no whole request came within {self.headers_timeout:g} s")
 
     def _refuse(self, status: int, message: str) -> None:
         self._unwatch()
         if self.transport is None or self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self._idle():
             error = {"message": message, "type": "invalid_request_error", "param": "headers", "code": status}
             body = msgspec.json.encode({"error": error})
             head = (

@@ -18,12 +18,16 @@ from synthia_vllm.errors import SetupError, UpstreamLost, UpstreamTimeout
 from synthia_vllm.gateway.replies import send_json
 
 _RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
+_KEEP_ALIVE_S = 4.0  # less than vLLM's 5, so that no request meets a connection that is being closed
+_CAPACITY_TIMEOUT_S = 5.0
 _READ_BUFFER = 256 * 1024
 # Of one connection only (RFC 9110, 7.6.1), or set anew for the next.
 _HOP_HEADERS = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
     b"transfer-encoding", b"upgrade", b"host", b"content-length", b"accept-encoding",
 }  # fmt: skip
+
+_CLIENTS_OWN = (b"authorization", b"x-api-key", b"cookie")
 
 _log = structlog.get_logger(__name__)
 
@@ -44,18 +48,26 @@ class HttpUpstream:
     begun. A client that leaves ends its request upstream at once. `async with` opens and closes the connections.
     """
 
-    def __init__(self, urls: Sequence[str], *, connect_timeout: float = 5.0, read_timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        key: str | None = None,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 300.0,
+    ) -> None:
         for url in urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
                 raise SetupError(f"--upstream {url}: a URL like http://127.0.0.1:8001")
         self._targets = [_Target(url.rstrip("/")) for url in urls]
+        self._key = key  # that the engines themselves ask for; a client's key never goes on
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
         self._session: aiohttp.ClientSession | None = None
         self._metrics = make_asgi_app()  # our own; the engines' are scraped where they are
 
     async def __aenter__(self) -> "HttpUpstream":
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=self._timeout,
             auto_decompress=False,
             read_bufsize=_READ_BUFFER,
@@ -98,7 +110,9 @@ class HttpUpstream:
         total = 0
         for target in self._targets:
             try:
-                async with self._session.get(f"{target.url}/metrics") as reply:
+                timeout = aiohttp.ClientTimeout(_CAPACITY_TIMEOUT_S)
+                headers = self._own_headers()
+                async with self._session.get(f"{target.url}/metrics", headers=headers, timeout=timeout) as reply:
                     text = await reply.text()
                 tokens = _cache_tokens(text)
             except (aiohttp.ClientError, TimeoutError, ValueError):
@@ -127,7 +141,9 @@ class HttpUpstream:
 
     async def _ask(self, target: _Target, scope: Scope, body: bytes, send: Send) -> None:
         assert self._session is not None
-        headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in _passed(scope["headers"])]
+        passed = [pair for pair in _passed(scope["headers"]) if pair[0] not in _CLIENTS_OWN]
+        headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in passed]
+        headers += self._own_headers().items()
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope.get("query_string") else "")
         started = streaming = False
         try:
@@ -150,6 +166,10 @@ class HttpUpstream:
         except aiohttp.ClientError as error:
             await self._broken(UpstreamLost(f"the engine broke off: {error}"), started, streaming, send)
 
+    def _own_headers(self) -> dict[str, str]:
+        plain = {"Accept-Encoding": "identity"}  # the layers read the reply
+        return plain if self._key is None else {**plain, "Authorization": f"Bearer {self._key}"}
+
     async def _broken(self, error: UpstreamLost, started: bool, streaming: bool, send: Send) -> None:
         if started and streaming:
             event = b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
@@ -158,8 +178,9 @@ class HttpUpstream:
 
 
 def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    lowered = ((key.lower(), value) for key, value in headers)
-    return [(key, value) for key, value in lowered if key not in _HOP_HEADERS]
+    lowered = [(key.lower(), value) for key, value in headers]
+    named = {name.strip().lower() for key, value in lowered if key == b"connection" for name in value.split(b",")}
+    return [(key, value) for key, value in lowered if key not in _HOP_HEADERS and key not in named]
 
 
 async def _whole_body(receive: Receive) -> bytes | None:

@@ -63,6 +63,7 @@ def _post(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
     return client.post("/v1/chat/completions", json=body)
 
 
+@pytest.mark.e2e
 async def test_the_real_engines_chunks_have_the_same_fields(server: Any, client: httpx.Client) -> None:
     body = {"model": "synthia", "messages": MESSAGES, "max_tokens": 3, "stream": True}
     body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}

@@ -1,5 +1,6 @@
 """The network's edge, over real sockets."""
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
@@ -22,10 +23,18 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
             message = await receive()
             await send({"type": message["type"] + ".complete"})
             if message["type"] == "lifespan.shutdown":
-                return
+                return None
+    if scope["path"] == "/early":
+        return await JSONResponse({})(scope, receive, send)
+    if scope["path"] == "/stream":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            await send({"type": "http.response.body", "body": b"chunk", "more_body": True})
+        return await send({"type": "http.response.body", "body": b""})
     body = await Request(scope, receive).body()
     served.append(scope["path"])
-    await JSONResponse({"body": body.decode(errors="replace")})(scope, receive, send)
+    return await JSONResponse({"body": body.decode(errors="replace")})(scope, receive, send)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def test_a_megabyte_of_headers_is_refused(port: int) -> None:
 
 def test_too_many_headers_are_refused(port: int) -> None:
     many = b"".join(b"h%d: x\r\n" % number for number in range(MAX_HEADERS + 1))
-    assert exchange(port, b"GET /many HTTP/1.1\r\n" + many + b"\r\n").startswith(b"HTTP/1.1 400")
+    assert exchange(port, b"GET /many HTTP/1.1\r\n" + many + b"\r\n").startswith(b"HTTP/1.1 431")
     assert "/many" not in served
 
 
@@ -100,6 +109,30 @@ def test_a_message_that_two_servers_may_read_differently_is_refused(port: int, h
     got = exchange(port, b"POST /outer HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n\r\n" + body, wait=0.5)
     assert b"200 OK" not in got
     assert "/smuggled" not in served
+
+
+def test_headers_over_the_limit_in_one_packet_are_refused(port: int) -> None:
+    got = exchange(port, b"GET /packet HTTP/1.1\r\nhost: x\r\nbig: " + b"a" * 100_000 + b"\r\n\r\n")
+    assert got.startswith(b"HTTP/1.1 431")
+    assert b'"param":"headers"' in got
+    assert "/packet" not in served
+
+
+@pytest.mark.parametrize("bait", [b"\r\n", b"x"])
+def test_a_stray_byte_does_not_keep_an_idle_connection(port: int, bait: bytes) -> None:
+    """A blank line is no request, and the rest of a body that was answered early is none either."""
+    head = b"GET /a HTTP/1.1\r\nhost: x\r\n\r\n"
+    if bait == b"x":
+        head = b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    began = time.monotonic()
+    got = exchange(port, head, bait, pause=0.2, wait=8)
+    assert b"200 OK" in got
+    assert time.monotonic() - began < 4
+
+
+def test_a_running_reply_is_not_cut_by_the_beginning_of_the_next_request(port: int) -> None:
+    got = exchange(port, b"GET /stream HTTP/1.1\r\nhost: x\r\n\r\nGET /ne", wait=3)
+    assert got.count(b"\r\nchunk\r\n") == 10
 
 
 def test_an_idle_connection_is_closed(port: int) -> None:

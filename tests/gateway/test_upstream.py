@@ -161,10 +161,16 @@ async def test_keys_and_hop_headers_stay_here(live: Any) -> None:
             seen.append(dict(scope["headers"]))
         await NullEngine()(scope, receive, send)
 
-    async with HttpUpstream([live(engine)]) as upstream:
+    url = live(engine)
+    async with HttpUpstream([url]) as upstream:
+        await ask(upstream)
         await ask(Stack(upstream).app)
-    assert not {b"authorization", b"x-api-key", b"transfer-encoding"} & seen[0].keys()
-    assert seen[0][b"x-request-id"]
+    async with HttpUpstream([url], key="engines-own") as upstream:
+        await ask(upstream)
+    assert not {b"authorization", b"x-api-key", b"transfer-encoding"} & {*seen[0], *seen[1]}
+    assert {headers[b"accept-encoding"] for headers in seen} == {b"identity"}
+    assert seen[1][b"x-request-id"]
+    assert seen[2][b"authorization"] == b"Bearer engines-own"
 
 
 @pytest.mark.parametrize("url", ["engine:8000", "ftp://engine", "http://"])
