@@ -167,7 +167,13 @@ def running(
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port), *tail],
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_NO_USAGE_STATS": "1", **environment},
+            env={
+                **os.environ,
+                "VLLM_LOGGING_LEVEL": "INFO",
+                "VLLM_NO_USAGE_STATS": "1",
+                "SYNTHIA_DATA": str(logs),
+                **environment,
+            },
             stdout=stream,
             stderr=stream,
             start_new_session=True,

@@ -65,6 +65,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _model(settings)
     yield _port(settings)
     yield _exposure(settings)
+    yield _stores(settings)
 
 
 def _cpu_flags() -> list[str]:
@@ -147,3 +148,13 @@ def _exposure(settings: Settings) -> Finding:
         text, _, fix = str(error).partition("; ")
         return Finding("exposure", "stop", text, fix)
     return Finding("exposure", "ok", f"listens on {settings.host}")
+
+
+def _stores(settings: Settings) -> Finding:
+    from synthia_vllm.gateway.app import check_stores
+
+    try:
+        return Finding("database", "ok", f"keys and usage are in {check_stores(settings)}")
+    except SetupError as error:
+        text, _, fix = str(error).rpartition("; ")
+        return Finding("database", "stop", text, fix)

@@ -32,12 +32,14 @@ def serve(settings: Settings, vllm_options: list[str]) -> int:
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.engine.server import run
     from synthia_vllm.engine.startup import Startup, cause, output_to
+    from synthia_vllm.gateway.app import check_stores
     from synthia_vllm.gateway.listener import bind, check_exposure
     from synthia_vllm.gateway.request_log import configure_logging
 
     check_exposure(settings)
     machine = inspect_machine()
     preload_once(machine)
+    check_stores(settings)
     sock = bind(settings)
     port = sock.getsockname()[1]
     signal.signal(signal.SIGTERM, _interrupt)
@@ -87,11 +89,11 @@ def ready_text(settings: Settings, port: int, model: str, seconds: float, log: P
         f"Ready after {seconds:.0f} s: {model} at {url} (also as synthia and synthia-tot)",
         "",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
-        *(['    -H "Authorization: Bearer $SYNTHIA_KEY" \\'] if needs_key else []),
+        *(['    -H "Authorization: Bearer $SYNTHIA_API_KEY" \\'] if needs_key else []),
         f"    -d '{body}'",
         "",
         f"Talk to it: synthia-vllm chat --url {url}",
-        *(["Keys: SYNTHIA_KEY=$(synthia-vllm keys create --user NAME)"] if needs_key else []),
+        *(["Keys: SYNTHIA_API_KEY=$(synthia-vllm keys create --user NAME)"] if needs_key else []),
         *([f"Log: {log}"] if log else []),
         "Stop with Ctrl-C: running requests finish first; a second Ctrl-C ends at once.",
     ]

@@ -5,6 +5,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.admin import build_admin
@@ -40,6 +41,18 @@ def keys_required(settings: Settings) -> bool:
     if settings.access.mode == "auto":
         return settings.host not in LOOPBACK and not settings.insecure
     return settings.access.mode == "keys"
+
+
+def check_stores(settings: Settings) -> str:
+    """Tries what the gateway will need, before a model is loaded; returns where the database is.
+
+    Raises SetupError that names the option.
+    """
+    database = open_database(settings.access.database)
+    load_secret(settings)
+    database.dispose()
+    asyncio.run(_close(settings))
+    return database.url.render_as_string(hide_password=True)
 
 
 class Gateway:
@@ -134,8 +147,16 @@ class Gateway:
         self._log.write(call)
 
 
+async def _close(settings: Settings) -> None:
+    await _limiter(settings, None).close()
+
+
 def _limiter(settings: Settings, spent: Any) -> Limiter:
     SHARED_UP.set(1)
-    if settings.limits.redis is None:
+    url = settings.limits.redis
+    if url is None:
         return MemoryLimiter(spent=spent)
-    return SharedLimiter(settings.limits.redis, on_loss=settings.limits.on_redis_loss, spent=spent)
+    try:
+        return SharedLimiter(url, on_loss=settings.limits.on_redis_loss, spent=spent)
+    except ValueError as error:
+        raise SetupError(f"--limits.redis {url}: {error}") from None

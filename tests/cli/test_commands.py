@@ -53,6 +53,16 @@ def test_a_taken_port_is_known_before_anything_loads() -> None:
     assert "in use" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--access.database", "sqlite:////nowhere/at/all.db"), ("--limits.redis", "nonsense")]
+)
+def test_a_store_that_is_not_there_is_known_before_anything_loads(option: str, value: str) -> None:
+    done = run("serve", "--port", "0", option, value)
+    assert done.returncode == 2
+    assert option in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_vllms_options_follow_two_dashes() -> None:
     assert split_options(["--port", "1", "--", "--max-num-seqs", "8"]) == (["--port", "1"], ["--max-num-seqs", "8"])
 

@@ -2,6 +2,9 @@
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain, repeat
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ def stack_with_queue(capacity: Capacity, policy: Any = "vtc") -> tuple[Stack, Sc
     def queue(app: ASGIApp) -> ASGIApp:
         return FairQueue(app, scheduler=scheduler, max_wait=600.0, max_requests=100_000, max_tokens=10**9)
 
-    return Stack(NullEngine(), between=queue), scheduler
+    return Stack(NullEngine(tokens_per_second=1000), between=queue), scheduler
 
 
 @pytest.fixture
@@ -55,9 +58,9 @@ async def overload(policy: str, users: list[str]) -> tuple[float, int]:
         lead = service[user] - service[users[0]]
         least[user], most[user] = min(least[user], lead), max(most[user], lead)
 
-    def note_token(user: str) -> None:
+    def note_next(user: str, costs: Iterator[float]) -> None:
         if sent < REQUESTS:  # later, some users have nothing waiting any more
-            note(user, 2.0)
+            note(user, next(costs))
 
     async def keep_asking(user: str, number: int) -> None:
         nonlocal sent
@@ -66,10 +69,10 @@ async def overload(policy: str, users: list[str]) -> tuple[float, int]:
         while sent < REQUESTS:
             sent += 1
             body = {"model": "null", "prompt": prompt, "max_tokens": tokens, "stream": True}
-            answer = await post(stack.app, body, headers={"x-api-key": user}, on_token=lambda: note_token(user))
+            costs = chain([words + 2.0], repeat(2.0))  # the prompt's with the first token
+
+            answer = await post(stack.app, body, headers={"x-api-key": user}, on_token=partial(note_next, user, costs))
             assert (answer.status, answer.tokens) == (200, tokens)
-            if sent < REQUESTS:
-                note(user, float(words))
 
     await asyncio.gather(*(keep_asking(user, number) for number, user in enumerate(users) for _ in range(OUTSTANDING)))
     # Between any two users over any interval: at most what both leads over the first one moved.
