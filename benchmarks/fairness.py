@@ -127,7 +127,7 @@ async def measure(url: str, keys: dict[str, str], requests_beside: int, *, warm_
 
 async def one_at_a_time(session: aiohttp.ClientSession, key: str, tally: Tally, count: int, length: int) -> None:
     for number in range(count):
-        await request(session, key, tally, prompt(length, number), LIGHT_OUTPUT)
+        await request(session, key, tally, length, number, LIGHT_OUTPUT)
 
 
 class background:
@@ -154,12 +154,20 @@ class background:
     async def _keep_asking(self, number: int) -> None:
         session, key, tally = self._args
         while True:
-            await request(session, key, tally, prompt(HEAVY_INPUT, number), HEAVY_OUTPUT)
+            await request(session, key, tally, HEAVY_INPUT, number, HEAVY_OUTPUT)
 
 
-async def request(session: aiohttp.ClientSession, key: str, tally: Tally, words: str, length: int) -> None:
+async def request(
+    session: aiohttp.ClientSession, key: str, tally: Tally, input_tokens: int, number: int, length: int
+) -> None:
     """One streamed completion. Raises where it is not answered with 200."""
-    body = {"model": "synthia", "prompt": words, "max_tokens": length, "ignore_eos": True, "stream": True}
+    body = {
+        "model": "synthia",
+        "prompt": prompt(input_tokens, number),
+        "max_tokens": length,
+        "ignore_eos": True,
+        "stream": True,
+    }
     began = time.perf_counter()
     first = True
     async with session.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"}) as reply:
@@ -171,6 +179,7 @@ async def request(session: aiohttp.ClientSession, key: str, tally: Tally, words:
             if first:
                 first = False
                 tally.first_token.append(time.perf_counter() - began)
+                tally.tokens += input_tokens
             tally.tokens += 1  # one token a chunk; both policies are counted alike
 
 

@@ -30,6 +30,7 @@ class Ticket:
     generated: int = 0
     held: int = 0  # tokens of KV cache that it counts with
     expected: int = 0  # generated tokens that `held` covers
+    owed: float = 0.0  # predicted cost of what it has still to generate
 
 
 class Scheduler:
@@ -56,6 +57,9 @@ class Scheduler:
         self.queued_requests = 0
         self.queued_tokens = 0
         self.running: dict[str, int] = {}  # user: requests in the engine
+        self._owed: dict[
+            str, float
+        ] = {}  # the same users: predicted cost of what their requests have still to generate
         self._queues: dict[str, deque[Ticket]] = {}  # users with waiting requests only
         self._backlog: dict[str, float] = {}  # the same users: cost of what they have waiting
         self._ageing = ageing
@@ -98,6 +102,8 @@ class Scheduler:
             ticket.running = True
             self.room.take(held)
             self.running[ticket.user] = self.running.get(ticket.user, 0) + 1
+            ticket.owed = self.counters.generated_cost * ticket.expected
+            self._owed[ticket.user] = self._owed.get(ticket.user, 0.0) + ticket.owed
             self.counters.charge_prompt(ticket.user, ticket.weight, ticket.prompt)
             self.rate.add(self.counters.prompt_cost * ticket.prompt)
             ticket.go()
@@ -106,6 +112,7 @@ class Scheduler:
     def add_tokens(self, ticket: Ticket, count: int) -> None:
         """Charges tokens that the engine has just generated for a running request."""
         ticket.generated += count
+        self._pay(ticket, min(ticket.owed, self.counters.generated_cost * count))
         self.counters.charge_generated(ticket.user, ticket.weight, count)
         self.rate.add(self.counters.generated_cost * count)
         if ticket.generated > ticket.expected:
@@ -117,6 +124,7 @@ class Scheduler:
     def finish(self, ticket: Ticket, *, whole: bool = True) -> None:
         """The engine is done with a request. `whole` is False for one that was cut short."""
         ticket.running = False
+        self._pay(ticket, ticket.owed)
         self.room.give_back(ticket.held)
         if whole:
             self.room.learn(ticket.user, ticket.generated)
@@ -124,7 +132,7 @@ class Scheduler:
         if left:
             self.running[ticket.user] = left
         else:
-            del self.running[ticket.user]
+            del self.running[ticket.user], self._owed[ticket.user]
         self.counters.forget(self._queues.keys() | self.running.keys())
         self.dispatch()
 
@@ -174,7 +182,18 @@ class Scheduler:
         return min(aged or interactive or heads, key=self._place)
 
     def _place(self, head: Ticket) -> tuple[float, int, float]:
-        return self.counters.service[head.user], self.running.get(head.user, 0), head.joined
+        """What is lowest goes first: service had, and service under way as far as it can be predicted.
+
+        Without the second part, all places that come free go to one user until its tokens have streamed, then all to
+        another: fair over minutes only (the paper's section on length prediction).
+        """
+        user = head.user
+        service = self.counters.service[user] + self._owed.get(user, 0.0) / head.weight
+        return service, self.running.get(user, 0), head.joined
+
+    def _pay(self, ticket: Ticket, cost: float) -> None:
+        ticket.owed -= cost
+        self._owed[ticket.user] -= cost
 
     def _left(self, ticket: Ticket) -> None:
         self.queued_requests -= 1

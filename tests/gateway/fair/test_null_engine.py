@@ -103,7 +103,8 @@ async def test_weights_share_a_backlog() -> None:
 
     async def keep_asking(user: str) -> None:
         while sum(tokens.values()) < 30_000:
-            tokens[user] += (await post(stack.app, body, headers={"x-api-key": user})).tokens
+            answer = await post(stack.app, body, headers={"x-api-key": user})
+            tokens[user] += answer.tokens
 
     await asyncio.gather(*(keep_asking(user) for user in tokens for _ in range(40)))
     assert tokens["three"] / tokens["one"] == pytest.approx(3.0, rel=0.1)
