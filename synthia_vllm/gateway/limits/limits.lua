@@ -1,7 +1,8 @@
 -- Limits of one user in Redis: each call is one atomic step. Semantics as in base.py.
 -- KEYS[1]  prefix with the user in a hash tag, so that all keys are on one node of a Redis cluster
 -- ARGV     operation, time in s ("" for Redis' own; tests set it), lease in s, month, seconds left of it, then per operation:
---   reserve   call, tokens, requests_per_minute, tokens_per_minute, concurrent_requests, tokens_per_month ("" for none)
+--   reserve   call, tokens, requests_per_minute, tokens_per_minute, concurrent_requests, tokens_per_month ("" for none),
+--             and where the answer without them was 'unseeded': what the ledger has of a month, and which
 --   settle    call, tokens
 --   renew     call, call, …
 --   standing
@@ -18,8 +19,9 @@ local booked = prefix .. ':booked'    -- hash: call -> tokens|month|time of admi
 local function month_key(name) return prefix .. ':month:' .. name end
 
 local function settle(call, used, finished)
-  if redis.call('ZREM', open, call) == 0 then return end
-  local tokens, of_month, at = string.match(redis.call('HGET', booked, call), '([^|]*)|([^|]*)|(.*)')
+  local booking = redis.call('HGET', booked, call)
+  if redis.call('ZREM', open, call) == 0 or not booking then return end
+  local tokens, of_month, at = string.match(booking, '([^|]*)|([^|]*)|(.*)')
   redis.call('HDEL', booked, call)
   local change = used - tonumber(tokens)
   if redis.call('ZSCORE', window, call) then
@@ -33,8 +35,16 @@ local function settle(call, used, finished)
   end
 end
 
+-- Before leases are looked at: one that is over, but that nobody has released yet, is still its gateway's.
+if operation == 'settle' then
+  settle(ARGV[6], tonumber(ARGV[7]), true)
+elseif operation == 'renew' then
+  for i = 6, #ARGV do redis.call('ZADD', open, 'XX', now + lease, ARGV[i]) end
+end
+
 for _, call in ipairs(redis.call('ZRANGEBYSCORE', window, '-inf', now - 60)) do
-  redis.call('HINCRBY', tokens_of, '', -tonumber(redis.call('HGET', tokens_of, call)))
+  -- `0 -`: a minus sign alone would make `-0` of 0, which Redis takes for no integer
+  redis.call('HINCRBY', tokens_of, '', 0 - (tonumber(redis.call('HGET', tokens_of, call)) or 0))
   redis.call('HDEL', tokens_of, call)
   redis.call('ZREM', window, call)
 end
@@ -45,12 +55,7 @@ local function keep()
   for _, key in ipairs({window, tokens_of, open, booked}) do redis.call('EXPIRE', key, 3600) end
 end
 
-if operation == 'settle' then
-  settle(ARGV[6], tonumber(ARGV[7]), true)
-  keep()
-  return {}
-elseif operation == 'renew' then
-  for i = 6, #ARGV do redis.call('ZADD', open, 'XX', now + lease, ARGV[i]) end
+if operation == 'settle' or operation == 'renew' then
   keep()
   return {}
 end
@@ -66,7 +71,16 @@ local call, tokens = ARGV[6], tonumber(ARGV[7])
 local per_minute, tokens_per_minute, at_once, per_month =
   tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
 local spent = redis.call('GET', month_key(month))
-if per_month and not spent then return {'unseeded'} end
+if per_month and not spent then
+  if ARGV[13] ~= month then return {'unseeded'} end
+  -- The ledger does not have what is open yet.
+  spent = tonumber(ARGV[12])
+  for _, booking in ipairs(redis.call('HVALS', booked)) do
+    local reserved, of_month = string.match(booking, '([^|]*)|([^|]*)|')
+    if of_month == month then spent = spent + tonumber(reserved) end
+  end
+  redis.call('SET', month_key(month), spent, 'EX', math.ceil(month_left) + 864000)
+end
 
 local reason, limit, wait = nil, nil, -1
 local function refuse(why, bound, seconds)
@@ -83,7 +97,7 @@ if tokens_per_minute and sum + tokens > tokens_per_minute then
     local excess = sum + tokens - tokens_per_minute
     local admissions = redis.call('ZRANGE', window, 0, -1, 'WITHSCORES')
     for i = 1, #admissions, 2 do
-      excess = excess - tonumber(redis.call('HGET', tokens_of, admissions[i]))
+      excess = excess - (tonumber(redis.call('HGET', tokens_of, admissions[i])) or 0)
       if excess <= 0 then
         refuse('tokens_per_minute', tokens_per_minute, tonumber(admissions[i + 1]) + 60 - now)
         break

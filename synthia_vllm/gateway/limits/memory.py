@@ -11,7 +11,7 @@ from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.limits.base import WINDOW_S, Refusal, Standing, longest, month_of, too_large
 
 Spent = Callable[[str, float], int]
-_MOST_USERS = 10_000  # beyond, those with nothing in the window are forgotten
+_MOST_USERS = 10_000  # beyond, those with nothing in the window are forgotten, and again at each doubling
 _LEARNING_RATE = 0.2
 
 
@@ -42,12 +42,16 @@ class MemoryLimiter:
         self._spent = spent
         self._clock = clock
         self._users: dict[str, _User] = {}
+        self._most_users = _MOST_USERS
 
     async def reserve(self, user: str, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None:
         month, start, _ = month_of(self._clock())
         if limits.tokens_per_month is not None and month not in self._user(user).months:
             spent = await asyncio.to_thread(self._spent, user, start) if self._spent else 0
-            self._user(user).months.setdefault(month, spent)
+            state = self._user(user)
+            # The ledger does not have what is open yet.
+            reserved = sum(admission.tokens for admission in state.open.values() if admission.month == month)
+            state.months.setdefault(month, spent + reserved)
         return self._reserve(self._user(user), limits, call_id, tokens)
 
     async def settle(self, user: str, call_id: str, tokens: int) -> None:
@@ -76,11 +80,17 @@ class MemoryLimiter:
     async def close(self) -> None:
         self._users.clear()
 
+    def forget_months(self) -> None:
+        """The ledger is asked again: for one that has not counted what came in between."""
+        for state in self._users.values():
+            state.months.clear()
+
     def _user(self, name: str) -> _User:
         state = self._users.get(name)
         if state is None:
-            if len(self._users) >= _MOST_USERS:
+            if len(self._users) >= self._most_users:
                 self._forget()
+                self._most_users = max(_MOST_USERS, 2 * len(self._users))
             state = self._users[name] = _User()
         return state
 

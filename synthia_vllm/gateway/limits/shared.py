@@ -22,16 +22,17 @@ OnLoss = Literal["closed", "local"]
 LEASE_S = 30.0
 _TIMEOUT_S = 1.0
 _PROBE_S = 1.0  # while Redis is gone, it is asked no more often
-_MONTH_KEPT_S = 40 * 86_400
+_MOST_AT_ONCE = 32  # decisions; more wait here, since a pool without connections left reads like a Redis that is gone
 
 _log = structlog.get_logger(__name__)
 
 
 class SharedLimiter:
-    """One script a decision (limits.lua), by Redis' own clock. Open calls are leases that a heartbeat renews.
+    """One script a decision (limits.lua), by Redis' own clock; only which month it is, the gateway's clock says.
 
-    While Redis is gone: `closed` raises Overloaded (503), `local` counts in this process; what Redis knew before it
-    went comes back with it, what was counted locally does not go there.
+    Open calls are leases that a heartbeat renews; one that lapses gives back its reservation, and what its call used
+    is then not counted. While Redis is gone: `closed` raises Overloaded (503), `local` counts in this process; what
+    Redis knew before it went comes back with it, what was counted locally does not go there.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class SharedLimiter:
         self._open: dict[str, str] = {}  # call: user
         self._unsettled: dict[str, tuple[str, int]] = {}  # call: user and tokens that Redis has yet to hear of
         self._heartbeat: asyncio.Task[None] | None = None
+        self._slots = asyncio.Semaphore(_MOST_AT_ONCE)
         self._down_since: float | None = None
         self._probed = 0.0
         SHARED_UP.set(1)
@@ -65,10 +67,13 @@ class SharedLimiter:
         wanted = [limits.requests_per_minute, limits.tokens_per_minute]
         wanted += [limits.concurrent_requests, limits.tokens_per_month]
         words = [call_id, tokens, *("" if limit is None else limit for limit in wanted)]
-        answer = await self._run(user, "reserve", *words)
-        if answer == [b"unseeded"]:
-            await self._seed(user)
+        try:
             answer = await self._run(user, "reserve", *words)
+            while answer == [b"unseeded"]:
+                answer = await self._run(user, "reserve", *words, *await self._billed(user))
+        except asyncio.CancelledError:
+            self._unsettled[call_id] = user, 0  # Redis may have booked it
+            raise
         if answer is None:
             FALLBACKS.labels(self._on_loss).inc()
             if self._on_loss == "closed":
@@ -83,8 +88,9 @@ class SharedLimiter:
         await self._local.settle(user, call_id, tokens)
         if self._open.pop(call_id, None) is None:
             return
-        if await self._run(user, "settle", call_id, tokens) is None:
-            self._unsettled[call_id] = user, tokens
+        self._unsettled[call_id] = user, tokens  # kept where this is cancelled too
+        if await self._run(user, "settle", call_id, tokens) is not None:
+            self._unsettled.pop(call_id, None)
 
     async def standing(self, user: str) -> Standing:
         answer = await self._run(user, "standing")
@@ -99,18 +105,24 @@ class SharedLimiter:
 
     async def _run(self, user: str, operation: str, *words: str | int) -> list[bytes] | None:
         """The script's answer; None where Redis is gone."""
-        if self._down_since is not None and time.monotonic() - self._probed < _PROBE_S:
-            return None
-        now = self._clock() if self._clock else time.time()
-        month, _, end = month_of(now)
-        try:
-            answer: list[bytes] = await self._script(
-                keys=[_prefix(user)],
-                args=[operation, now if self._clock else "", self._lease, month, end - now, *words],
-            )
-        except (RedisError, OSError, TimeoutError) as error:
-            self._lost(error)
-            return None
+        async with self._slots:
+            probing = self._down_since is not None
+            if probing:
+                if time.monotonic() - self._probed < _PROBE_S:
+                    return None
+                self._probed = time.monotonic()  # the others don't wait for what this one finds
+            now = self._clock() if self._clock else time.time()
+            month, _, end = month_of(now)
+            try:
+                answer: list[bytes] = await self._script(
+                    keys=[_prefix(user)],
+                    args=[operation, now if self._clock else "", self._lease, month, end - now, *words],
+                )
+            except (RedisError, OSError, TimeoutError) as error:
+                if operation == "reserve" and not probing:
+                    self._unsettled[str(words[0])] = user, 0  # Redis may have booked it
+                self._lost(error)
+                return None
         if self._down_since is not None:
             _log.warning("shared_limits_back", after_s=round(time.monotonic() - self._down_since, 1))
             self._down_since = None
@@ -121,27 +133,26 @@ class SharedLimiter:
         self._probed = time.monotonic()
         if self._down_since is None:
             self._down_since = self._probed
+            self._local.forget_months()
             SHARED_UP.set(0)
             _log.error("shared_limits_lost", error=str(error), now=self._on_loss)
 
-    async def _seed(self, user: str) -> None:
-        """Starts the month's counter from the ledger; the first gateway to do so wins."""
+    async def _billed(self, user: str) -> tuple[int, str]:
+        """What the ledger has of this month, where the month's counter starts, and which month that is."""
         month, start, _ = month_of(self._clock() if self._clock else time.time())
-        spent = await asyncio.to_thread(self._spent, user, start) if self._spent else 0
-        try:
-            await self._redis.set(f"{_prefix(user)}:month:{month}", spent, nx=True, ex=_MONTH_KEPT_S)
-        except (RedisError, OSError, TimeoutError) as error:
-            self._lost(error)
+        return await asyncio.to_thread(self._spent, user, start) if self._spent else 0, month
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._lease / 3)
             await self._settle_late()
-            users: dict[str, list[str]] = {}
-            for call, user in self._open.items():
-                users.setdefault(user, []).append(call)
-            for user, calls in users.items():
-                await self._run(user, "renew", *calls)
+            await self._renew()
+
+    async def _renew(self) -> None:
+        users: dict[str, list[str]] = {}
+        for call, user in self._open.items():
+            users.setdefault(user, []).append(call)
+        await asyncio.gather(*(self._run(user, "renew", *calls) for user, calls in users.items()))
 
     async def _settle_late(self) -> None:
         for call, (user, tokens) in list(self._unsettled.items()):

@@ -43,6 +43,25 @@ async def test_a_client_that_leaves_and_a_process_that_stops_are_settled(limiter
     assert (await limiter.standing("limited")).concurrent_requests == 0
 
 
+async def test_settling_goes_on_where_the_request_is_cancelled_meanwhile(limiter: MemoryLimiter) -> None:
+    settle = limiter.settle
+    settling = asyncio.Event()
+
+    async def slowly(user: str, call_id: str, tokens: int) -> None:
+        settling.set()
+        await asyncio.sleep(0.05)
+        await settle(user, call_id, tokens)
+
+    limiter.settle = slowly  # type: ignore[method-assign]
+    task = asyncio.create_task(post(stack(limiter, ScriptedEngine("a", "b")).app, BODY, headers=KEY))
+    await settling.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (await limiter.standing("limited")).concurrent_requests == 1
+    await asyncio.sleep(0.1)
+    assert await limiter.standing("limited") == Standing(1, 7 + 2, 0, 0)
+
+
 async def test_an_upstream_that_breaks_is_settled(limiter: MemoryLimiter) -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise OSError("gone")

@@ -1,9 +1,11 @@
 """One set of tests for both counters: in memory, and in a real Redis whose clock the test sets."""
 
 import asyncio
+import copy
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,18 +33,23 @@ class Clock:
 
 @pytest.fixture(params=["memory", "redis"])
 def kind(request: pytest.FixtureRequest) -> Any:
-    """How to make a limiter; Redis is only started where it is used."""
+    """How to make a limiter; Redis is only started where it is used. `spent` is what the ledger has of this month."""
     url = request.getfixturevalue("redis_url") if request.param == "redis" else None
 
     @asynccontextmanager
     async def make(clock: Clock, spent: int = 0) -> AsyncIterator[Limiter]:
+        def ledger(user: str, since: float) -> int:
+            return spent if since < START else 0
+
         limiter: Limiter
         if url is None:
-            limiter = MemoryLimiter(clock=clock, spent=lambda user, since: spent)
+            limiter = MemoryLimiter(clock=clock, spent=ledger)
         else:
             redis.Redis.from_url(url).flushall()
-            limiter = SharedLimiter(url, clock=clock, spent=lambda user, since: spent, lease=10_000.0)
+            limiter = SharedLimiter(url, clock=clock, spent=ledger, lease=10_000.0)
         yield limiter
+        # A script that fails reads like a Redis that is gone, and the fallback would hide it.
+        assert getattr(limiter, "_down_since", None) is None
         await limiter.close()
 
     return make
@@ -69,6 +76,16 @@ async def test_what_was_used_takes_the_place_of_what_was_reserved(kind: Any) -> 
         await limiter.settle("a", "unknown", 10)
         assert await limiter.standing("a") == Standing(1, 10, 0, 10)
         assert await limiter.reserve("a", limits, "2", 90) is None
+
+
+async def test_what_used_nothing_leaves_the_window_too(kind: Any) -> None:
+    clock = Clock()
+    async with kind(clock) as limiter:
+        limits = UserLimits(requests_per_minute=1)
+        await limiter.reserve("a", limits, "1", 10)
+        await limiter.settle("a", "1", 0)
+        clock.now += 61
+        assert await limiter.reserve("a", limits, "2", 10) is None
 
 
 async def test_a_wait_counts_only_as_many_as_must_go(kind: Any) -> None:
@@ -111,6 +128,39 @@ async def test_the_month_starts_from_the_ledger_and_ends_with_the_calendar(kind:
         assert clock.now + refusal.retry_after == month_of(clock.now)[2]
         assert await limiter.reserve("a", limits, "2", 100) is None
         assert (await limiter.standing("a")).tokens_this_month == 1000
+
+
+async def test_a_new_month_starts_at_nothing_and_no_earlier(kind: Any) -> None:
+    clock = Clock()
+    async with kind(clock, spent=950) as limiter:
+        limits = UserLimits(tokens_per_month=1000)
+        refusal = await limiter.reserve("a", limits, "1", 100)
+        clock.now += refusal.retry_after - 1
+        assert await limiter.reserve("a", limits, "1", 100) is not None
+        clock.now += 1
+        assert await limiter.reserve("a", limits, "1", 100) is None
+        assert (await limiter.standing("a")).tokens_this_month == 100
+
+
+async def test_a_month_limited_later_counts_what_was_open_before(kind: Any) -> None:
+    async with kind(Clock(), spent=900) as limiter:
+        await limiter.reserve("a", UserLimits(requests_per_minute=9), "before", 500)
+        await limiter.reserve("a", UserLimits(tokens_per_month=2000), "after", 1)
+        assert (await limiter.standing("a")).tokens_this_month == 900 + 500 + 1
+        await limiter.settle("a", "before", 100)
+        assert (await limiter.standing("a")).tokens_this_month == 900 + 100 + 1
+
+
+async def test_a_month_forgotten_comes_back_from_the_ledger() -> None:
+    billed = 0
+    limiter = MemoryLimiter(clock=Clock(), spent=lambda user, since: billed)
+    limits = UserLimits(tokens_per_month=1000)
+    await limiter.reserve("a", limits, "1", 300)
+    billed = 600  # by other gateways
+    limiter.forget_months()
+    assert (await limiter.reserve("a", limits, "2", 101)).retry_after > 0  # type: ignore[union-attr]
+    await limiter.settle("a", "1", 200)
+    assert await limiter.reserve("a", limits, "2", 200) is None
 
 
 async def test_the_longest_wait_decides(kind: Any) -> None:
@@ -189,3 +239,36 @@ async def _follow(kind: Any, limits: UserLimits, schedule: list[tuple[str, int]]
         clock.now += 61
         standing = await limiter.standing("a")
         assert (standing.requests_last_minute, standing.tokens_last_minute, standing.concurrent_requests) == (0, 0, 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(limits=some_limits, schedule=steps)
+def test_waiting_as_told_gets_in_and_a_second_less_does_not(
+    limits: UserLimits, schedule: list[tuple[str, int]]
+) -> None:
+    asyncio.run(_wait_as_told(replace(limits, concurrent_requests=None), schedule))
+
+
+async def _wait_as_told(limits: UserLimits, schedule: list[tuple[str, int]]) -> None:
+    """Asks copies of the counter in memory, moved to the times in question; all limits together."""
+    clock = Clock()
+    limiter = MemoryLimiter(clock=clock)
+    running: list[str] = []
+    for number, (step, value) in enumerate(schedule):
+        if step == "wait":
+            clock.now += value
+        elif step == "end" and running:
+            await limiter.settle("a", running.pop(value % len(running)), value)
+        elif step == "start":
+            refusal = await limiter.reserve("a", limits, str(number), value)
+            if refusal is None:
+                running.append(str(number))
+            elif refusal.retry_after < math.inf:
+                assert await _gets_in(limiter, limits, value, refusal.retry_after)
+                assert refusal.retry_after <= 1 or not await _gets_in(limiter, limits, value, refusal.retry_after - 1)
+
+
+async def _gets_in(limiter: MemoryLimiter, limits: UserLimits, tokens: int, after: float) -> bool:
+    later = copy.deepcopy(limiter)
+    later._clock.now += after  # type: ignore[attr-defined]
+    return await later.reserve("a", limits, "again", tokens) is None
