@@ -90,7 +90,8 @@ def test_the_live_view_tells_of_users_and_the_engines_own_capacity(client: httpx
     headers = {"x-api-key": new_key("busy", "--concurrent-requests", "4")}
     body = {"model": "synthia", "prompt": "A", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body, headers=headers) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # kept: httpx closes the stream when it goes
+        next(lines)
         state = client.get("/admin/state", headers=admin).json()
     assert state["capacity_tokens"] > 4096
     assert state["capacity_requests"] > 1
