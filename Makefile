@@ -44,7 +44,7 @@ bench: $(INSTALLED_DEV) ## Measure against plain vLLM, in one run (about 15 minu
 lock: $(BIN)/python ## Make the lock files from pyproject.toml; UPGRADE= keeps the pins that are there
 	$(BIN)/pip install --quiet uv
 	for engine in cpu cuda; do \
-	  $(BIN)/uv pip compile pyproject.toml --extra $$engine --extra demo --quiet --no-annotate $(UPGRADE) \
+	  $(BIN)/uv pip compile pyproject.toml --extra $$engine --extra cluster --extra demo --quiet --no-annotate $(UPGRADE) \
 	    --override requirements/overrides.txt --override requirements/overrides-$$engine.txt \
 	    $$(test $$engine = cpu && echo $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS))) \
 	    --custom-compile-command "make lock" --no-emit-index-url --no-emit-find-links \

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SecretStr,
@@ -162,6 +163,64 @@ class TimeoutSettings(BaseModel):
     upstream_read: Annotated[PositiveFloat, Field(description="without another byte from an upstream")] = 300.0
 
 
+class ClusterSettings(BaseModel):
+    """Several replicas: where they run, which one a request goes to, and what happens when one is lost."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    address: Annotated[
+        str | None, Field(description="a running Ray cluster, HOST:PORT (default: a local Ray, started if need be)")
+    ] = None
+    replicas: Annotated[
+        NonNegativeInt, Field(description="engine replicas; with max-replicas, those to start with")
+    ] = 1
+    min_replicas: Annotated[NonNegativeInt, Field(description="fewest that scaling leaves; 0: none without load")] = 1
+    max_replicas: Annotated[
+        PositiveInt | None, Field(description="most that scaling starts (default: no scaling, a fixed number)")
+    ] = None
+    target_load: Annotated[
+        float, Field(gt=0, le=2, description="tokens in flight and queued over what the KV caches hold, to scale for")
+    ] = 0.8
+    upscale_delay_s: Annotated[NonNegativeFloat, Field(description="load must last so long before one is added")] = 5.0
+    downscale_delay_s: Annotated[NonNegativeFloat, Field(description="and so long before one is taken away")] = 300.0
+    gateways: Annotated[PositiveInt, Field(description="gateway replicas")] = 1
+    cpus_per_replica: Annotated[
+        PositiveFloat | None,
+        Field(description="CPU slots of an engine replica (default: this machine's over replicas)"),
+    ] = None
+    pipeline_parallel_size: Annotated[PositiveInt, Field(description="nodes that share the model, layer by layer")] = 1
+    surge: Annotated[
+        bool, Field(description="a rollout starts a new replica before it stops an old one; needs room for one more")
+    ] = False
+    routing: Annotated[
+        Literal["affinity", "round_robin"],
+        Field(description="affinity: a conversation stays where its KV cache is; round_robin: in turn"),
+    ] = "affinity"
+    max_load_factor: Annotated[
+        float, Field(ge=1, description="a conversation leaves a replica busier than so many times the mean")
+    ] = 1.25
+    canary_period_s: Annotated[
+        PositiveFloat, Field(description="a replica that sent nothing for so long is asked for one token")
+    ] = 2.0
+    canary_deadline_s: Annotated[
+        PositiveFloat, Field(description="without that token by then it is out, and its streams go on elsewhere")
+    ] = 5.0
+    slow_start_s: Annotated[
+        NonNegativeFloat, Field(description="a new replica gets its full share of requests only after so long")
+    ] = 10.0
+    max_losses: Annotated[
+        PositiveInt, Field(description="a request under which so many replicas died without a token is refused")
+    ] = 2
+    max_resumes: Annotated[PositiveInt, Field(description="a request moves to another replica at most so often")] = 16
+    start_wait_s: Annotated[
+        PositiveFloat, Field(description="longest that a request waits while there is no replica at all")
+    ] = 600.0
+    max_generation_s: Annotated[PositiveFloat, Field(description="longest that one reply may take")] = 600.0
+    drain_s: Annotated[
+        PositiveFloat, Field(description="a replica that is to stop gets so long to finish its streams")
+    ] = 600.0
+
+
 class Settings(BaseSettings):
     """Serve Synthia on this machine: an OpenAI- and Anthropic-compatible server that speaks the Synthia format."""
 
@@ -213,6 +272,7 @@ class Settings(BaseSettings):
     fair: FairSettings = FairSettings()
     timeouts: TimeoutSettings = TimeoutSettings()
     log: LogSettings = LogSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @classmethod
     def settings_customise_sources(

@@ -1,0 +1,33 @@
+"""The engine's replicas as the gateway sees them, and what became of streams that lost theirs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from prometheus_client import Counter
+
+# up: takes requests; unproven: listed, but has not answered a canary yet; draining: finishes what it has;
+# out: did not answer in time, or broke off.
+ReplicaState = Literal["up", "unproven", "draining", "out"]
+
+STREAM_RESUMES = Counter(
+    "synthia_stream_resumes_total",
+    "Requests whose replica was lost under them, by what lost it and what became of the request.",
+    ["reason", "result"],
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One replica at one moment."""
+
+    name: str
+    url: str  # where vLLM answers, `/metrics` included
+    state: ReplicaState
+    in_flight: int  # requests of this gateway
+
+
+class ReplicaSource(Protocol):
+    """Whoever knows the replicas."""
+
+    def replicas(self) -> Sequence[ReplicaView]: ...
