@@ -1,19 +1,25 @@
 """A stand-in for vLLM's server: no model, only its HTTP shapes. For scale and faults; it tells nothing of inference.
 
-    python -m benchmarks.null_engine --port 8001 [--tokens-per-second 20] [--max-num-seqs 64]
+    python -m benchmarks.null_engine --port 8001 [--tokens-per-second 20] [--max-num-seqs 64] [--break-after 9]
 
-Chunks have the fields and their order as vLLM 0.29 sends them; a test parses them with vLLM's own classes.
+Chunks have the fields and their order as vLLM 0.29 sends them; a test parses them with vLLM's own classes. Asked for
+`return_token_ids`, it numbers its tokens, and goes on with a reply that another null engine began (`null_tokens`).
 """
 
 import asyncio
 import contextlib
 import itertools
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import click
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
+
+from benchmarks.null_faults import ENGINE_DEAD, ENGINE_DEAD_EVENT, Faults
+from benchmarks.null_replies import NumberedReply, Reply, given_ids
+from benchmarks.null_tokens import WrongResume, text_of
 
 _YIELD_EACH = 64  # chunks, at full speed: `send` does not let others run
 _KV_BLOCKS, _BLOCK = 4096, 16
@@ -26,6 +32,7 @@ class NullEngine:
     prefill_s           before the first token
     max_num_seqs        requests at once, the others wait in order of arrival, as in vLLM
     break_after         faults: the connection breaks after so many tokens
+    faults              all of them; they can be changed while it runs
     """
 
     def __init__(
@@ -36,27 +43,29 @@ class NullEngine:
         max_num_seqs: int | None = None,
         text: str = " word",
         break_after: int | None = None,
+        faults: Faults | None = None,
     ) -> None:
         self.running = 0
         self.aborted = 0
+        self.resumed = 0  # replies that another engine began
+        self.wrong_resumes: list[str] = []  # and those refused because their tokens were not the reply's
         self.order: list[str] = []  # first words of the prompts, as they were begun
+        self.faults = faults or Faults(break_after=break_after)
+        self.on_refuse: Callable[[float], Awaitable[None]] | None = None  # set by whoever holds the socket
         self._gap = 1 / tokens_per_second if tokens_per_second else 0.0
         self._prefill_s = prefill_s
         self._slots = asyncio.Semaphore(max_num_seqs) if max_num_seqs else contextlib.nullcontext()
         self._text = text
-        self._break_after = break_after
         self._ids = itertools.count()
+        self._own = secrets.randbits(31) << 32  # no two engines' replies have one id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await _lifespan(receive, send)
-        route = (scope["method"], scope["path"])
-        if route == ("GET", "/metrics"):
-            return await _answer(send, 200, self._metrics().encode(), b"text/plain")
-        if route == ("GET", "/health"):
-            return await _answer(send, 200, b"{}")
-        if route == ("GET", "/v1/models"):
-            return await _answer(send, 200, b'{"object":"list","data":[{"id":"null","object":"model"}]}')
+        if scope["path"] == "/fault":
+            return await self._change_faults(await _body(receive), send)
+        if scope["method"] == "GET":
+            return await self._tell(scope["path"], send)
         chat = scope["path"] == "/v1/chat/completions"
         if scope["method"] != "POST" or not (chat or scope["path"] == "/v1/completions"):
             return await _answer(send, 404, b"{}")
@@ -64,32 +73,64 @@ class NullEngine:
         gone = asyncio.ensure_future(_left(receive))
         try:
             async with self._slots:
-                await self._generate(_Reply(request, chat, next(self._ids), self._text), gone, send)
+                await self._begin(request, chat, gone, send)
         finally:
             gone.cancel()
         return None
 
-    async def _generate(self, reply: "_Reply", gone: asyncio.Future[None], send: Send) -> None:
+    async def _tell(self, path: str, send: Send) -> None:
+        if path == "/metrics":
+            return await _answer(send, 200, self._metrics().encode(), b"text/plain")
+        if path == "/health":
+            return await _answer(send, 503 if self.faults.dead else 200, b"{}")
+        if path == "/v1/models":
+            return await _answer(send, 200, b'{"object":"list","data":[{"id":"null","object":"model"}]}')
+        return await _answer(send, 404, b"{}")
+
+    async def _begin(self, request: dict[str, Any], chat: bool, gone: asyncio.Future[None], send: Send) -> None:
+        faults = self.faults
+        if faults.status is not None or faults.dead:
+            return await _answer(send, faults.status or 500, ENGINE_DEAD)
+        if faults.poison is not None:
+            faults.die_of(text_of(request), given_ids(request))
+        if not request.get("return_token_ids"):
+            reply = Reply(request, chat, next(self._ids), self._text, faults.usage_lie)
+            return await self._generate(reply, gone, send)
+        try:
+            number = self._own | next(self._ids)
+            numbered = NumberedReply(request, chat, number, faults.usage_lie, faults.poison)
+        except WrongResume as error:
+            self.wrong_resumes.append(str(error))
+            told = {"message": str(error), "type": "BadRequestError", "param": "prompt", "code": 400}
+            return await _answer(send, 400, msgspec.json.encode({"error": told}))
+        self.resumed += numbered.begun > 0
+        return await self._generate(numbered, gone, send)
+
+    async def _generate(self, reply: Reply, gone: asyncio.Future[None], send: Send) -> None:
         self.running += 1
         try:
             waits = self._prefill_s + (0.0 if reply.stream else self._gap * reply.tokens)
             if waits:
                 await asyncio.wait((gone,), timeout=waits)
+            if self.faults.hang:
+                await self.faults.strike(0, gone)
             if gone.done():
                 self.aborted += 1
             elif reply.stream:
                 await self._stream(reply, gone, send)
+            elif self.faults.dead:
+                await _answer(send, 500, ENGINE_DEAD)
             else:
                 await _answer(send, 200, reply.whole())
         finally:
             self.running -= 1
 
-    async def _stream(self, reply: "_Reply", gone: asyncio.Future[None], send: Send) -> None:
+    async def _stream(self, reply: Reply, gone: asyncio.Future[None], send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         if first := reply.first():
             await send({"type": "http.response.body", "body": first, "more_body": True})
-        chunk, gap = reply.chunk, self._gap
+        chunk, gap, faults = reply.chunk, self._gap, self.faults
         for number in range(1, reply.tokens + 1):
             if gap:
                 await asyncio.wait((gone,), timeout=gap)
@@ -97,12 +138,26 @@ class NullEngine:
                 await asyncio.sleep(0)
             if gone.done():
                 self.aborted += 1
-                return
-            if number == self._break_after:
-                raise ConnectionResetError("a fault, as ordered")
+                return None
+            if faults.in_streams and await faults.strike(number, gone):
+                return await send({"type": "http.response.body", "body": ENGINE_DEAD_EVENT, "more_body": False})
             for index in range(reply.choices):
                 await send({"type": "http.response.body", "body": chunk(number, index), "more_body": True})
         await send({"type": "http.response.body", "body": reply.last(), "more_body": False})
+        return None
+
+    async def _change_faults(self, body: bytes, send: Send) -> None:
+        """`POST /fault`: switches those that are named; answers with all, and with what has become of requests."""
+        try:
+            self.faults.change(msgspec.json.decode(body) if body else {})
+        except (ValueError, TypeError) as error:
+            return await _answer(send, 400, msgspec.json.encode({"error": str(error)}))
+        counts = {name: getattr(self, name) for name in ("running", "aborted", "resumed", "wrong_resumes")}
+        await _answer(send, 200, msgspec.json.encode({"faults": self.faults.as_dict(), **counts}))
+        if self.faults.refuse_s is not None and self.on_refuse is not None:
+            seconds, self.faults.refuse_s = self.faults.refuse_s, None
+            await self.on_refuse(seconds)
+        return None
 
     def _metrics(self) -> str:
         labels = f'block_size="{_BLOCK}",num_gpu_blocks="{_KV_BLOCKS}"'
@@ -112,84 +167,6 @@ class NullEngine:
             "# TYPE vllm:num_requests_running gauge\n"
             f"vllm:num_requests_running {self.running}\n"
         )
-
-
-class _Reply:
-    """The bytes of one reply; what does not change from chunk to chunk is put together once."""
-
-    def __init__(self, request: dict[str, Any], chat: bool, number: int, text: str) -> None:
-        wanted = request.get("max_completion_tokens") or request.get("max_tokens")
-        self.tokens: int = wanted or (1024 if chat else 16)
-        self.stream = bool(request.get("stream"))
-        self.choices: int = request.get("n") or 1
-        self._chat = chat
-        self._text = text
-        self._prompt = max(1, len(str(request.get("messages", request.get("prompt")))) // 4)
-        options = request.get("stream_options") or {}
-        self._usage = bool(options.get("include_usage"))
-        self._continuous = self._usage and bool(options.get("continuous_usage_stats"))
-        kind, prefix = ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
-        model = request.get("model", "null")
-        self._head = {"id": f"{prefix}-{number:016x}", "object": kind, "created": 1_795_000_000, "model": model}
-        if chat:
-            choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
-            self._events_head = {**self._head, "object": "chat.completion.chunk"}
-            self._details = b',"completion_tokens_details":null'
-        else:
-            choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
-            choice["prompt_token_ids"] = None
-            self._details = b""
-            self._events_head = self._head
-        self._choice = {**choice, "token_ids": None}
-        self._bodies = [
-            msgspec.json.encode({**self._events_head, "choices": [{**self._choice, "index": index}]})[:-1]
-            for index in range(self.choices)
-        ]
-
-    def first(self) -> bytes:
-        if not self._chat:
-            return b""
-        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        chunks = ({**self._events_head, "choices": [{**choice, "index": index}]} for index in range(self.choices))
-        return b"".join(self._event(chunk, 0, {"prompt_token_ids": None, "prompt_text": None}) for chunk in chunks)
-
-    def chunk(self, number: int, index: int) -> bytes:
-        if number == self.tokens:
-            choice = {**self._choice, "index": index, "finish_reason": "length", "stop_reason": None}
-            return self._event({**self._events_head, "choices": [choice]}, number)
-        if not self._continuous:
-            return b"data: %b}\n\n" % self._bodies[index]
-        prompt = self._prompt
-        return b'data: %b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}}\n\n' % (
-            self._bodies[index],
-            prompt,
-            prompt + number,
-            number,
-            self._details,
-        )
-
-    def last(self) -> bytes:
-        if not self._usage:
-            return b"data: [DONE]\n\n"
-        chunk = {**self._events_head, "choices": [], "usage": self._count(self.tokens * self.choices)}
-        return b"data: " + msgspec.json.encode(chunk) + b"\n\ndata: [DONE]\n\n"
-
-    def whole(self) -> bytes:
-        text = self._text * self.tokens
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": "length"}
-        choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choices = [{**choice, "index": index} for index in range(self.choices)]
-        return msgspec.json.encode({**self._head, "choices": choices, "usage": self._count(self.tokens * self.choices)})
-
-    def _event(self, chunk: dict[str, Any], number: int, tail: dict[str, Any] | None = None) -> bytes:
-        if self._continuous:
-            details = {"completion_tokens_details": None} if self._details else {}
-            chunk = {**chunk, "usage": self._count(number) | details}
-        return b"data: " + msgspec.json.encode(chunk | (tail or {})) + b"\n\n"
-
-    def _count(self, number: int) -> dict[str, Any]:
-        prompt = self._prompt
-        return {"prompt_tokens": prompt, "total_tokens": prompt + number, "completion_tokens": number}
 
 
 async def _body(receive: Receive) -> bytes:
@@ -220,16 +197,55 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
+async def serve(engine: NullEngine, port: int) -> None:
+    """On loopback, until a signal."""
+    import uvicorn
+
+    config = uvicorn.Config(engine, port=port, loop="uvloop", http="httptools", log_level="critical", access_log=False)
+    server = uvicorn.Server(config)
+
+    async def refuse(seconds: float) -> None:
+        for listening in server.servers:
+            listening.close()
+        await asyncio.sleep(seconds)
+        protocol: Any = config.http_protocol_class
+        again = await asyncio.get_running_loop().create_server(
+            lambda: protocol(config=config, server_state=server.server_state, app_state={}), "127.0.0.1", port
+        )
+        server.servers = [again]
+
+    engine.on_refuse = refuse
+    await server.serve()
+
+
 @click.command()
 @click.option("--port", type=int, required=True)
 @click.option("--tokens-per-second", type=float, help="Of each stream (default: as fast as it can).")
 @click.option("--prefill-s", type=float, default=0.0, show_default=True)
 @click.option("--max-num-seqs", type=int)
-def main(port: int, **options: Any) -> None:
+@click.option("--break-after", type=int, help="A fault: each stream breaks after so many tokens.")
+@click.option("--hang", is_flag=True, help="A fault: nothing is sent.")
+@click.option("--status", type=int, help="A fault: every request gets this error.")
+@click.option("--dead", is_flag=True, help="A fault: says in every stream that its engine is dead.")
+@click.option("--poison", help="A fault: a prompt with this text in it ends the process.")
+@click.option("--usage-lie", type=int, default=0, help="A fault: so many tokens more are told.")
+def main(
+    port: int,
+    tokens_per_second: float | None,
+    prefill_s: float,
+    max_num_seqs: int | None,
+    **faults: Any,
+) -> None:
     """Serve the null engine, bare."""
-    import uvicorn
+    import uvloop
 
-    uvicorn.run(NullEngine(**options), port=port, loop="uvloop", http="httptools", log_level="warning")
+    engine = NullEngine(
+        tokens_per_second=tokens_per_second,
+        prefill_s=prefill_s,
+        max_num_seqs=max_num_seqs,
+        faults=Faults(**faults),
+    )
+    uvloop.run(serve(engine, port))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""Faults of the null engine, on order: at its start or while it runs (`POST /fault`)."""
+
+import asyncio
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from benchmarks.null_tokens import POISON
+
+# What vLLM 0.29 says when its EngineCore has died: in the stream of a running request, and as a 500 to new ones.
+ENGINE_DEAD = (
+    b'{"error": {"message": "EngineCore encountered an issue. See stack trace (above) for the root cause.", '
+    b'"type": "InternalServerError", "param": null, "code": 500}}'
+)
+ENGINE_DEAD_EVENT = b"data: " + ENGINE_DEAD + b"\n\ndata: [DONE]\n\n"
+_LOOK_S = 0.02
+
+
+@dataclass
+class Faults:
+    """Which faults are on.
+
+    break_after   the connection of a stream breaks in place of this token of its reply
+    hang          nothing is sent to anyone, canaries included; `/health` still answers, as a hung vLLM's does
+    status        every request is answered with this HTTP status (an error)
+    dead          the engine behind the server has died: an error event and `[DONE]` in every stream, 500 to others
+    poison        a prompt with this text in it makes the process exit at once
+    usage_lie     so many tokens more are told than were generated
+    refuse_s      connections are refused for so long, once
+    """
+
+    break_after: int | None = None
+    hang: bool = False
+    status: int | None = None
+    dead: bool = False
+    poison: str | None = None
+    usage_lie: int = 0
+    refuse_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self._note()
+
+    def change(self, wanted: dict[str, Any]) -> None:
+        """Switches faults on and off. Raises ValueError for a name that is none."""
+        unknown = set(wanted) - {field.name for field in fields(self)}
+        if unknown:
+            raise ValueError(f"no such fault: {', '.join(sorted(unknown))}")
+        for name, value in wanted.items():
+            setattr(self, name, value)
+        self._note()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    async def strike(self, number: int, gone: "asyncio.Future[None]") -> bool:
+        """Called before each token of a stream; True if the engine is dead. Raises ConnectionResetError."""
+        while self.hang and not gone.done():
+            await asyncio.wait((gone,), timeout=_LOOK_S)
+        if number == self.break_after:
+            raise ConnectionResetError("a fault, as ordered")
+        return self.dead
+
+    def die_of(self, text: str, ids: list[int] | None) -> None:
+        """Ends the process if the prompt is poison, as text or as the ids that were made of it."""
+        if self.poison is not None and (self.poison in text if ids is None else POISON in ids):
+            os._exit(1)
+
+    def _note(self) -> None:
+        # Read before each token: one attribute, so that an engine without faults is as fast as it was.
+        self.in_streams = self.hang or self.dead or self.break_after is not None
