@@ -46,6 +46,8 @@ class Call:
     status: int = 0  # HTTP status sent; 0: none
     completed: bool = False  # the engine said that the reply was whole
     outcome: Outcome = "stopped"
+    replica: str = ""  # that answers it, in a cluster
+    resumes: int = 0  # how often it went on elsewhere
     reason: str = ""  # of a rejection or failure, one word: what metrics and logs name it
     on_tokens: Callable[[int], None] | None = None  # called with each number of newly generated tokens
 

@@ -1,6 +1,5 @@
 """Engines that run elsewhere, as an ASGI app."""
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,27 +7,27 @@ from types import TracebackType
 from urllib.parse import urlsplit
 
 import aiohttp
-import msgspec
 import structlog
 from prometheus_client import make_asgi_app
-from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from synthia_vllm.errors import SetupError, UpstreamLost, UpstreamTimeout
+from synthia_vllm.gateway.forwarding import (
+    answer_lifespan,
+    cache_tokens,
+    end_to_end,
+    error_event,
+    own_headers,
+    request_headers,
+    while_client_stays,
+    whole_body,
+)
 from synthia_vllm.gateway.replies import send_json
 
 _RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
 _KEEP_ALIVE_S = 4.0  # less than vLLM's 5, so that no request meets a connection that is being closed
 _CAPACITY_TIMEOUT_S = 5.0
 _READ_BUFFER = 256 * 1024
-# Of one connection only (RFC 9110, 7.6.1), or set anew for the next.
-_HOP_HEADERS = {
-    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
-    b"transfer-encoding", b"upgrade", b"host", b"content-length", b"accept-encoding",
-}  # fmt: skip
-
-_CLIENTS_OWN = (b"authorization", b"x-api-key", b"cookie")
-
 _log = structlog.get_logger(__name__)
 
 
@@ -83,25 +82,15 @@ class HttpUpstream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await _lifespan(receive, send)
+            return await answer_lifespan(receive, send)
         if scope["path"] == "/health":
             return await send_json(200, {}, send)
         if scope["path"] == "/metrics":
             await self._metrics(scope, receive, send)
             return None
-        body = await _whole_body(receive)
-        if body is None:
-            return None
-        exchange = asyncio.ensure_future(self._pass(scope, body, send))
-        gone = asyncio.ensure_future(_left(receive))
-        try:
-            await asyncio.wait((exchange, gone), return_when=asyncio.FIRST_COMPLETED)
-            if exchange.done():
-                exchange.result()
-        finally:
-            gone.cancel()
-            exchange.cancel()
-            await asyncio.gather(exchange, gone, return_exceptions=True)
+        body = await whole_body(receive)
+        if body is not None:
+            await while_client_stays(self._pass(scope, body, send), receive)
         return None
 
     async def capacity(self) -> int | None:
@@ -111,10 +100,10 @@ class HttpUpstream:
         for target in self._targets:
             try:
                 timeout = aiohttp.ClientTimeout(_CAPACITY_TIMEOUT_S)
-                headers = self._own_headers()
+                headers = own_headers(self._key)
                 async with self._session.get(f"{target.url}/metrics", headers=headers, timeout=timeout) as reply:
                     text = await reply.text()
-                tokens = _cache_tokens(text)
+                tokens = cache_tokens(text)
             except (aiohttp.ClientError, TimeoutError, ValueError):
                 return None
             if tokens is None:
@@ -141,9 +130,7 @@ class HttpUpstream:
 
     async def _ask(self, target: _Target, scope: Scope, body: bytes, send: Send) -> None:
         assert self._session is not None
-        passed = [pair for pair in _passed(scope["headers"]) if pair[0] not in _CLIENTS_OWN]
-        headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in passed]
-        headers += self._own_headers().items()
+        headers = request_headers(scope["headers"], self._key)
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope.get("query_string") else "")
         started = streaming = False
         try:
@@ -152,7 +139,11 @@ class HttpUpstream:
             ) as reply:
                 streaming = reply.content_type == "text/event-stream"
                 started = True
-                start = {"type": "http.response.start", "status": reply.status, "headers": _passed(reply.raw_headers)}
+                start = {
+                    "type": "http.response.start",
+                    "status": reply.status,
+                    "headers": end_to_end(reply.raw_headers),
+                }
                 await send(start)
                 async for part in reply.content.iter_any():
                     await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -162,57 +153,13 @@ class HttpUpstream:
         except TimeoutError as error:
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise
-            await self._broken(UpstreamTimeout("the engine sent nothing for too long"), started, streaming, send)
+            await _broken(UpstreamTimeout("the engine sent nothing for too long"), started and streaming, scope, send)
         except aiohttp.ClientError as error:
-            await self._broken(UpstreamLost(f"the engine broke off: {error}"), started, streaming, send)
-
-    def _own_headers(self) -> dict[str, str]:
-        plain = {"Accept-Encoding": "identity"}  # the layers read the reply
-        return plain if self._key is None else {**plain, "Authorization": f"Bearer {self._key}"}
-
-    async def _broken(self, error: UpstreamLost, started: bool, streaming: bool, send: Send) -> None:
-        if started and streaming:
-            event = b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        raise error
+            await _broken(UpstreamLost(f"the engine broke off: {error}"), started and streaming, scope, send)
 
 
-def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    lowered = [(key.lower(), value) for key, value in headers]
-    named = {name.strip().lower() for key, value in lowered if key == b"connection" for name in value.split(b",")}
-    return [(key, value) for key, value in lowered if key not in _HOP_HEADERS and key not in named]
-
-
-async def _whole_body(receive: Receive) -> bytes | None:
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body.extend(message.get("body", b""))
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message: Message = await receive()
-        await send({"type": message["type"] + ".complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
-
-
-def _cache_tokens(text: str) -> int | None:
-    for family in text_string_to_metric_families(text):
-        if family.name == "vllm:cache_config_info":
-            return sum(
-                int(sample.labels["num_gpu_blocks"]) * int(sample.labels["block_size"])
-                for sample in family.samples
-                if sample.labels.get("num_gpu_blocks", "").isdigit()
-            )
-    return None
+async def _broken(error: UpstreamLost, streaming: bool, scope: Scope, send: Send) -> None:
+    if streaming:
+        event = error_event(error, scope["path"])
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+    raise error
