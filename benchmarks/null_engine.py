@@ -197,11 +197,13 @@ async def _lifespan(receive: Receive, send: Send) -> None:
             return
 
 
-async def serve(engine: NullEngine, port: int) -> None:
-    """On loopback, until a signal."""
+async def serve(engine: NullEngine, host: str, port: int) -> None:
+    """Until a signal."""
     import uvicorn
 
-    config = uvicorn.Config(engine, port=port, loop="uvloop", http="httptools", log_level="critical", access_log=False)
+    config = uvicorn.Config(
+        engine, host=host, port=port, loop="uvloop", http="httptools", log_level="critical", access_log=False
+    )
     server = uvicorn.Server(config)
 
     async def refuse(seconds: float) -> None:
@@ -210,7 +212,7 @@ async def serve(engine: NullEngine, port: int) -> None:
         await asyncio.sleep(seconds)
         protocol: Any = config.http_protocol_class
         again = await asyncio.get_running_loop().create_server(
-            lambda: protocol(config=config, server_state=server.server_state, app_state={}), "127.0.0.1", port
+            lambda: protocol(config=config, server_state=server.server_state, app_state={}), host, port
         )
         server.servers = [again]
 
@@ -219,6 +221,7 @@ async def serve(engine: NullEngine, port: int) -> None:
 
 
 @click.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, required=True)
 @click.option("--tokens-per-second", type=float, help="Of each stream (default: as fast as it can).")
 @click.option("--prefill-s", type=float, default=0.0, show_default=True)
@@ -230,6 +233,7 @@ async def serve(engine: NullEngine, port: int) -> None:
 @click.option("--poison", help="A fault: a prompt with this text in it ends the process.")
 @click.option("--usage-lie", type=int, default=0, help="A fault: so many tokens more are told.")
 def main(
+    host: str,
     port: int,
     tokens_per_second: float | None,
     prefill_s: float,
@@ -245,7 +249,7 @@ def main(
         max_num_seqs=max_num_seqs,
         faults=Faults(**faults),
     )
-    uvloop.run(serve(engine, port))
+    uvloop.run(serve(engine, host, port))
 
 
 if __name__ == "__main__":
