@@ -205,6 +205,9 @@ class ClusterSettings(BaseModel):
     canary_deadline_s: Annotated[
         PositiveFloat, Field(description="without that token by then it is out, and its streams go on elsewhere")
     ] = 5.0
+    handover_s: Annotated[
+        NonNegativeFloat, Field(description="streams of a replica that is to stop move to another one after so long")
+    ] = 5.0
     slow_start_s: Annotated[
         NonNegativeFloat, Field(description="a new replica gets its full share of requests only after so long")
     ] = 10.0
@@ -252,6 +255,13 @@ class Settings(BaseSettings):
     upstream_key: Annotated[
         SecretStr | None, Field(description="`gateway` only: API key that the engines themselves ask for")
     ] = None
+    resume: Annotated[
+        bool,
+        Field(
+            description="`gateway` only: the engines are vLLM with one and the same model: a reply whose engine is "
+            "lost goes on from another"
+        ),
+    ] = False
     tokenizer: Annotated[
         str | None,
         Field(

@@ -4,7 +4,6 @@ import asyncio
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,8 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from synthia_vllm.gateway.fair.scheduler import Scheduler
+    from synthia_vllm.cluster.pool import ReplicaPool
+    from synthia_vllm.gateway.app import Gateway
     from synthia_vllm.gateway.upstream import HttpUpstream
 
 _ASK_AGAIN_S = 10.0
@@ -53,48 +53,55 @@ def gateway(settings: Settings) -> int:
 
 async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.app import Gateway
-    from synthia_vllm.gateway.fair.room import Capacity
     from synthia_vllm.gateway.listener import DrainingServer
-    from synthia_vllm.gateway.upstream import HttpUpstream
 
-    timeouts = settings.timeouts
-    upstream = HttpUpstream(
-        settings.upstream,
-        key=settings.upstream_key.get_secret_value() if settings.upstream_key else None,
-        connect_timeout=timeouts.upstream_connect,
-        read_timeout=timeouts.upstream_read,
-    )
+    upstream = _upstream(settings)
     async with upstream:
-        tokens, requests = settings.fair.max_in_flight_tokens, settings.fair.max_in_flight_requests
-        found = await upstream.capacity() if tokens is None else None
-        capacity = Capacity(tokens or found, requests)
-        stack = Gateway(upstream, settings, capacity=capacity, count=_counter(settings.tokenizer))
+        stack = Gateway(upstream, settings, count=_counter(settings.tokenizer))
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:
             click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}", err=True)
-            if capacity.tokens is None:
-                click.echo(
-                    "The engine tells no KV cache size (yet), so nothing queues here: set --fair.max-in-flight-tokens",
-                    err=True,
-                )
 
         async with stack:
-            learning = asyncio.create_task(_learn_capacity(upstream, stack.scheduler))
+            following = asyncio.create_task(_follow_capacity(upstream, stack))
             try:
                 drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)
             finally:
-                learning.cancel()
+                following.cancel()
     return 0 if drained else 1
 
 
-async def _learn_capacity(upstream: "HttpUpstream", scheduler: "Scheduler") -> None:
-    """For engines that start after the gateway."""
-    while scheduler.room.capacity.tokens is None:
+def _upstream(settings: Settings) -> "HttpUpstream | ReplicaPool":
+    from synthia_vllm.cluster.pool import ReplicaPool
+    from synthia_vllm.gateway.upstream import HttpUpstream
+
+    key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
+    connect, read = settings.timeouts.upstream_connect, settings.timeouts.upstream_read
+    if settings.resume:
+        return ReplicaPool(settings.cluster, key=key, connect_timeout=connect, read_timeout=read)
+    return HttpUpstream(settings.upstream, key=key, connect_timeout=connect, read_timeout=read)
+
+
+async def _follow_capacity(upstream: "HttpUpstream | ReplicaPool", stack: "Gateway") -> None:
+    """Keeps the room for requests in line with what the engines tell; they may start after the gateway."""
+    from synthia_vllm.gateway.fair.room import Capacity
+    from synthia_vllm.gateway.upstream import HttpUpstream
+
+    if not isinstance(upstream, HttpUpstream):
+        upstream.on_capacity = stack.set_capacity
+        upstream.update({url: url for url in stack.settings.upstream})
+        return
+    told = False
+    while (tokens := await upstream.capacity()) is None:
+        if not told and stack.settings.fair.max_in_flight_tokens is None:
+            click.echo(
+                "The engine tells no KV cache size (yet), so nothing queues here: set --fair.max-in-flight-tokens",
+                err=True,
+            )
+        told = True
         await asyncio.sleep(_ASK_AGAIN_S)
-        found = await upstream.capacity()
-        if found is not None:
-            scheduler.room.capacity = replace(scheduler.room.capacity, tokens=found)
+    stack.set_capacity(Capacity(tokens))
 
 
 def _counter(folder: str | None) -> Callable[[str], int]:

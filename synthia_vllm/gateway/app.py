@@ -1,6 +1,7 @@
 """The stack: what every request passes on its way to an engine, and what is kept running beside it."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -82,6 +83,7 @@ class Gateway:
             concurrent_requests=settings.limits.concurrent_requests,
             tokens_per_month=settings.limits.tokens_per_month,
         )
+        self.settings = settings
         fair = settings.fair
         self.scheduler = Scheduler(
             capacity or Capacity(fair.max_in_flight_tokens, fair.max_in_flight_requests),
@@ -126,6 +128,16 @@ class Gateway:
         await asyncio.to_thread(self.ledger.close)
         self.key_cache.close()
         self._database.dispose()
+
+    def set_capacity(self, capacity: Capacity) -> None:
+        """What the engines hold now, where they come and go; a setting wins."""
+        fair = self.settings.fair
+        self.scheduler.room.capacity = replace(
+            capacity,
+            tokens=fair.max_in_flight_tokens or capacity.tokens,
+            requests=fair.max_in_flight_requests or capacity.requests,
+        )
+        self.scheduler.dispatch()
 
     async def state(self) -> dict[str, Any]:
         """The live view: users in flight and queued, service, limits used and left; tokens, requests, seconds."""
