@@ -1,0 +1,308 @@
+"""Replicas are killed under load, and every byte of every stream is checked.
+
+    python -m benchmarks.chaos [null] [--streams 2000] [--seconds 120] [--no-resume]
+    python -m benchmarks.chaos demo --url http://127.0.0.1:8000 --pids 'COMMAND' [--rounds 20]
+
+null   `synthia-vllm gateway --resume` in front of 16 null engines (a stand-in: real processes, no model). So many
+       streams are always open; every 5 s one of the engines is killed with -9 and comes back a second later.
+demo   a gateway or cluster that runs already, on real engines: 16 greedy streams of 150 tokens, one engine process
+       killed at a random moment, so many rounds; texts are compared with those of a run without a kill. COMMAND prints
+       the pids, of which one is killed.
+
+A stream is broken if any token is missing, doubled or wrong, or its id, finish_reason, usage or end is. The pause is
+the gap between two chunks that spans the kill, of as many streams, the longest, as the killed engine had.
+"""
+
+import asyncio
+import json
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.chaos_demo import run_demo
+from benchmarks.checked_stream import CHAT, COMPLETIONS, CheckedStream, numbered, open_stream
+from benchmarks.cost import free_port, wait_for
+from benchmarks.gateway_figures import resumes
+from benchmarks.replica_set import ReplicaSet
+from benchmarks.serving import machine
+from synthia_vllm import __version__
+
+TOKENS = (40, 120)  # of a stream, drawn
+_RAMP_S = 10.0
+_SHOWN = 20  # broken streams that the report quotes
+_PROGRESS_S = 5.0
+
+
+@dataclass
+class Kill:
+    """One `kill -9`. `held` streams ran on what was killed, by its own count."""
+
+    at: float
+    name: str
+    held: int
+
+
+@dataclass
+class Load:
+    """So many streams, always: one that ends is followed by another until `stop`."""
+
+    url: str
+    streams: int
+    ids: bool  # every client asks for token ids: who does not resume asks for none, and null engines number only then
+    finished: list[CheckedStream] = field(default_factory=list)
+    open: set[CheckedStream] = field(default_factory=set)
+    stopped: bool = False
+
+    async def run(self) -> None:
+        """Until all have ended after `stop`."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(self.streams):
+                group.create_task(self._keep_open(number))
+
+    async def _keep_open(self, number: int) -> None:
+        await asyncio.sleep(_RAMP_S * number / self.streams)
+        turn = 0
+        while not self.stopped:
+            path = CHAT if (number + turn) % 2 else COMPLETIONS
+            tokens = random.randint(*TOKENS)
+            ids = self.ids or (number + turn) % 4 == 0
+            prompt = f"Stream {number}, turn {turn}: what is an orca?"
+            wanted = numbered(path, prompt, tokens, ignore_eos=True, return_token_ids=ids)
+            stream = await open_stream(self.url, wanted)
+            self.open.add(stream)
+            try:
+                await stream.ended
+            finally:
+                self.open.discard(stream)
+                if stream.transport is not None:
+                    stream.transport.abort()
+            self.finished.append(stream)
+            turn += 1
+
+
+@click.command()
+@click.argument("scenario", type=click.Choice(["null", "demo"]), default="null")
+@click.option("--replicas", default=16, show_default=True, help="null: engines.")
+@click.option("--streams", type=int, help="Open at once (default: 2000, demo 16).")
+@click.option("--seconds", default=120.0, show_default=True, help="null: how long engines are killed.")
+@click.option("--every", default=5.0, show_default=True, help="null: seconds between two kills.")
+@click.option("--tokens-per-second", default=2.0, show_default=True, help="null: of each stream.")
+@click.option("--resume/--no-resume", default=True, help="null: what the gateway does about it.")
+@click.option("--url", help="demo: where the gateway is.")
+@click.option("--key", help="demo: a key for it.")
+@click.option("--pids", help="demo: a command that prints the pids of the engines.")
+@click.option("--rounds", default=20, show_default=True, help="demo: kills.")
+@click.option("--tokens", default=150, show_default=True, help="demo: of each stream.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path(__file__).with_name("results") / "chaos.json",
+    show_default="benchmarks/results/chaos.json",
+)
+def main(scenario: str, streams: int | None, output: Path, **options: Any) -> None:
+    """Kill replicas under load and check every stream."""
+    console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    if scenario == "null":
+        found = null(streams or 2000, say, **{name: options[name] for name in _NULL_OPTIONS})
+        name = "null" if options["resume"] else "null, without resume"
+    else:
+        if not options["url"] or not options["pids"]:
+            raise click.UsageError("demo needs --url and --pids")
+        found = uvloop.run(run_demo(streams or 16, say, **{name: options[name] for name in _DEMO_OPTIONS}))
+        name = "demo"
+    report = json.loads(output.read_text()) if output.exists() else {}
+    report |= {"machine": machine(), "version": __version__}
+    report["scenarios"] = report.get("scenarios", {}) | {name: found}
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    shown = Table("figure", name)
+    for figure, value in found["summary"].items():
+        shown.add_row(figure, str(value))
+    console.print(shown)
+    for broken in found["broken"]:
+        console.print(f"broken: {broken['reason']}: {broken['bytes']}", highlight=False, markup=False)
+    console.print(f"written to {output}", highlight=False)
+    sys.exit(1 if found["summary"]["broken streams"] and options["resume"] else 0)
+
+
+_NULL_OPTIONS = ("replicas", "seconds", "every", "tokens_per_second", "resume")
+_DEMO_OPTIONS = ("url", "key", "pids", "rounds", "tokens")
+
+
+def null(
+    streams: int,
+    say: Callable[[str], None],
+    *,
+    replicas: int,
+    seconds: float,
+    every: float,
+    tokens_per_second: float,
+    resume: bool,
+) -> dict[str, Any]:
+    """The whole scenario, with its processes."""
+    with ExitStack() as stack:
+        paced = ["--tokens-per-second", str(tokens_per_second)]
+        # The gateway is told of its upstreams once: they come back where they were.
+        engines = stack.enter_context(ReplicaSet(replicas, options=paced, keep_ports=True))
+        engines.wait()
+        data = stack.enter_context(tempfile.TemporaryDirectory())
+        port = free_port()
+        words = ["--port", str(port)] + [word for url in engines.listing().values() for word in ("--upstream", url)]
+        words += ["--resume"] if resume else []
+        stack.enter_context(_gateway(words, data))
+        wait_for(port)
+        say(f"{replicas} engines of {statistics.mean(engines.memory_mib()):.0f} MiB each, {streams} streams")
+        url = f"http://127.0.0.1:{port}"
+        load = Load(url, streams, ids=not resume)
+        kills = uvloop.run(_kill_under(load, engines, seconds, every, say))
+        wrong = sum(len(engines.fault(name)["wrong_resumes"]) for name in engines.listing())
+        told = resumes(url)
+    options = {"replicas": replicas, "streams": streams, "seconds": seconds, "every": every, "resume": resume}
+    options["tokens_per_second"] = tokens_per_second
+    return figures(load.finished, kills, options, resumed=told, refused_seams=wrong)
+
+
+async def _kill_under(
+    load: Load, engines: ReplicaSet, seconds: float, every: float, say: Callable[[str], None]
+) -> list[Kill]:
+    loop = asyncio.get_running_loop()
+    running = asyncio.create_task(load.run())
+    kills: list[Kill] = []
+    try:
+        while len(load.open) < load.streams * 0.99 and not running.done():
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(2 * every)
+        began = loop.time()
+        said = began
+        while loop.time() - began < seconds and not running.done():
+            await asyncio.sleep(max(0.0, began + every * (len(kills) + 1) - loop.time()))
+            kills.append(await asyncio.to_thread(_kill_one, engines, loop))
+            if loop.time() - said >= _PROGRESS_S:
+                said = loop.time()
+                say(_progress(load, kills))
+            await asyncio.to_thread(_restarted, engines)
+        load.stopped = True
+        say(f"no more kills: {len(load.open)} streams go to their ends")
+        await running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    return kills
+
+
+def _kill_one(engines: ReplicaSet, loop: asyncio.AbstractEventLoop) -> Kill:
+    victim = random.choice(engines.up())
+    held = engines.fault(victim.name)["running"]
+    at = loop.time()
+    engines.kill(victim.name)
+    return Kill(at, victim.name, held)
+
+
+def _restarted(engines: ReplicaSet) -> None:
+    """Until what was killed listens again, or is on its way: at most a few seconds."""
+    with suppress(TimeoutError):
+        engines.wait()
+
+
+def _progress(load: Load, kills: list[Kill]) -> str:
+    broken = sum(stream.broken is not None for stream in load.finished)
+    return f"{len(kills)} kills: {len(load.open)} streams open, {len(load.finished)} ended, {broken} of them broken"
+
+
+class _gateway:
+    """`synthia-vllm gateway`, with a database of its own; ended at the end."""
+
+    def __init__(self, words: list[str], data: str) -> None:
+        # Nothing is to queue: what is tried is not the room.
+        room = {"SYNTHIA_FAIR__MAX_IN_FLIGHT_TOKENS": str(10**12), "SYNTHIA_LOG__REQUESTS": "false"}
+        self._words, self._environment = words, {**os.environ, "SYNTHIA_DATA": data, **room}
+        self._log = Path(data, "gateway.log")
+
+    def __enter__(self) -> "subprocess.Popen[bytes]":
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "synthia_vllm", "gateway", *self._words],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def figures(streams: list[CheckedStream], kills: list[Kill], options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What the report keeps of a scenario."""
+    broken = [stream for stream in streams if stream.broken is not None]
+    pauses: list[float] = []
+    for kill in kills:
+        spanning = sorted(pause for stream in streams if (pause := stream.pause_at(kill.at)) is not None)
+        pauses += spanning[len(spanning) - min(kill.held, len(spanning)) :]
+    summary: dict[str, Any] = {
+        "streams": len(streams),
+        "tokens": sum(stream.tokens for stream in streams),
+        "kills": len(kills),
+        "streams whose replica was killed": sum(kill.held for kill in kills),
+        "broken streams": len(broken),
+    }
+    if pauses:
+        summary |= {f"pause at a kill, s, {name}": round(value, 3) for name, value in quantiles(pauses).items()}
+    return {
+        "options": options,
+        "summary": summary,
+        "reasons": Counter(stream.broken for stream in broken).most_common(),
+        "broken": [
+            {"reason": stream.broken, "bytes": stream.offending.decode(errors="replace")} for stream in broken[:_SHOWN]
+        ],
+        "kills": [[kill.name, kill.held] for kill in kills],
+        **more,
+    }
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    if len(values) == 1:
+        return {"p50": values[0], "p95": values[0], "max": values[0]}
+    twentieths = statistics.quantiles(values, n=20, method="inclusive")
+    return {"p50": statistics.median(values), "p95": twentieths[-1], "max": max(values)}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table that the README quotes."""
+    scenarios = report["scenarios"]
+    names = list(dict.fromkeys(figure for found in scenarios.values() for figure in found["summary"]))
+    lines = [f"| figure | {' | '.join(scenarios)} |", "|---" * (len(scenarios) + 1) + "|"]
+    for name in names:
+        lines.append(
+            f"| {name} | " + " | ".join(str(found["summary"].get(name, "")) for found in scenarios.values()) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()
