@@ -128,6 +128,15 @@ class ReplicaSet:
     def go_on(self, name: str) -> None:
         os.kill(self.named(name).process.pid, signal.SIGCONT)
 
+    def add(self) -> str:
+        """One more, of a new name."""
+        self._count += 1
+        self._start(_free_port())
+        return self.replicas[-1].name
+
+    def retired(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.retired and replica.died is None]
+
     def retire(self, name: str) -> None:
         """Takes one out of the listing for good; its process goes on until `close`, and nothing replaces it."""
         replica = self.named(name)

@@ -1,0 +1,156 @@
+"""Replicas are killed, hung, broken and replaced under load: no client sees it."""
+
+import asyncio
+
+import pytest
+
+from benchmarks.checked_stream import COMPLETIONS, numbered, run_stream
+from benchmarks.replica_set import ReplicaSet
+from tests.chaos.conftest import PACE
+from tests.chaos.house import REPLICAS, STREAMS, TOKENS, assert_whole, house, resumes, until
+
+pytestmark = pytest.mark.chaos
+
+
+def gained(before: dict[tuple[str, str], float], reason: str) -> float:
+    """Requests that lost a replica this way since then, and came through."""
+    after = resumes()
+    return sum(value - before.get(key, 0) for key, value in after.items() if key[0] == reason and key[1] != "refused")
+
+
+async def test_kill_9(replicas: ReplicaSet) -> None:
+    before = resumes()
+    async with house(replicas) as running:
+        streams = running.load()
+        await running.busy()
+        first = replicas.kill(running.busiest())
+        await until(lambda: first.name not in {view.name for view in running.pool.replicas()})
+        replicas.kill()
+        assert_whole(await streams)
+        await running.calm()
+    assert gained(before, "died") > 0
+
+
+async def test_sigstop(replicas: ReplicaSet) -> None:
+    before = resumes()
+    async with house(replicas) as running:
+        streams = running.load()
+        await running.busy()
+        name = running.busiest()
+        replicas.stop(name)
+        assert_whole(await streams)
+        replicas.go_on(name)
+        await running.calm()
+    assert gained(before, "hung") > 0
+
+
+async def test_sigstop_for_a_moment_moves_nobody(replicas: ReplicaSet) -> None:
+    before = resumes()
+    async with house(replicas, cluster={"canary_deadline_s": 30.0}) as running:
+        streams = running.load()
+        await running.busy()
+        name = running.busiest()
+        replicas.stop(name)
+        await asyncio.sleep(1.0)
+        replicas.go_on(name)
+        assert_whole(await streams)
+        await running.calm()
+    assert resumes() == before
+
+
+@pytest.mark.parametrize("fault", ["dead", "hang"])
+async def test_the_engine_dies_and_its_server_lives(replicas: ReplicaSet, fault: str) -> None:
+    async with house(replicas) as running:
+        streams = running.load()
+        await running.busy()
+        name = running.busiest()
+        await asyncio.to_thread(replicas.fault, name, **{fault: True})
+        assert_whole(await streams)
+        await until(lambda: len(running.pool.up()) == REPLICAS - 1, running.pool.replicas)
+        await asyncio.to_thread(replicas.fault, name, **{fault: False})
+        await running.calm()
+
+
+async def test_streams_that_break_again_and_again(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running:
+        for name in replicas.listing():
+            await asyncio.to_thread(replicas.fault, name, break_after=TOKENS // 4)
+        assert_whole(await running.load())
+        for name in replicas.listing():
+            await asyncio.to_thread(replicas.fault, name, break_after=None)
+        await running.calm()
+
+
+async def test_one_answers_500(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running:
+        name = next(iter(replicas.listing()))
+        await asyncio.to_thread(replicas.fault, name, status=500)
+        assert_whole(await running.load())
+        await until(lambda: len(running.pool.up()) == REPLICAS - 1, running.pool.replicas)
+        await asyncio.to_thread(replicas.fault, name, status=None)
+        await running.calm()
+
+
+async def test_one_refuses_connections(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running:
+        await asyncio.to_thread(replicas.fault, next(iter(replicas.listing())), refuse_s=2.0)
+        assert_whole(await running.load())
+        await running.calm()
+
+
+async def test_all_dead_then_back(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running:
+        streams = running.load()
+        await running.busy()
+        for replica in replicas.up():
+            replicas.kill(replica.name)
+        assert_whole(await streams)
+        await running.calm()
+
+
+async def test_poison_takes_two_with_it_and_no_third() -> None:
+    before = resumes()
+    options = [*PACE, "--poison", "arsenic"]
+    with ReplicaSet(4, options=options, restart_s=0.5, notice_s=1.0) as replicas:
+        replicas.wait()
+        async with house(replicas) as running:
+            streams = running.load(STREAMS // 2)
+            await running.busy(STREAMS // 2)
+            was = {replica.name for replica in replicas.up()}
+            poisoned = await run_stream(running.url, numbered(COMPLETIONS, "a pinch of arsenic", 5))
+            replicas.tend()
+            assert len(was - {replica.name for replica in replicas.up()}) == 2
+            assert poisoned.broken is not None
+            assert "502" in poisoned.broken or "error" in poisoned.broken
+            assert b"2 replicas were lost" in poisoned.offending
+            assert_whole(await streams)
+            await running.calm(4)
+    assert resumes()["died", "refused"] - before.get(("died", "refused"), 0) == 1
+
+
+async def test_rolling_replacement(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running:
+        streams = running.load()
+        await running.busy()
+        for old in list(replicas.listing()):
+            new = replicas.add()
+            await until(lambda new=new: new in {replica.name for replica in running.pool.up()})
+            replicas.retire(old)
+            await until(lambda old=old: old not in {view.name for view in running.pool.replicas()})
+        assert_whole(await streams)
+        await running.calm()
+        for replica in replicas.retired():
+            assert (await asyncio.to_thread(replicas.fault, replica.name))["running"] == 0
+
+
+async def test_clients_that_leave_leave_nothing(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running:
+        streams = running.load()
+        await running.busy()
+        replicas.kill(running.busiest())
+        await asyncio.sleep(0.2)
+        streams.cancel()
+        await asyncio.gather(streams, return_exceptions=True)
+        await running.calm()
+        for replica in replicas.up():
+            await until(lambda name=replica.name: replicas.fault(name)["running"] == 0)
