@@ -64,12 +64,13 @@ class ReplicaSet:
         restart_s: float | None = 1.0,
         notice_s: float = 1.0,
         keep_ports: bool = False,
+        name: str = "null",
         host: str = "127.0.0.1",
         prefix: Sequence[str] = (),
     ) -> None:
         self._options, self._prefix, self._host = options, prefix, host
         self._restart_s, self._notice_s, self._keep_ports = restart_s, notice_s, keep_ports
-        self._count = count
+        self._count, self._name = count, name
         self._started = 0
         self.replicas: list[Replica] = []
 
@@ -182,7 +183,7 @@ class ReplicaSet:
             # A group of its own: Ctrl-C is for the one who asked for it.
             start_new_session=True,
         )
-        self.replicas.append(Replica(f"null-{self._started}", self._host, port, process))
+        self.replicas.append(Replica(f"{self._name}-{self._started}", self._host, port, process))
 
 
 def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

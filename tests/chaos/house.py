@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.checked_stream import CHAT, COMPLETIONS, CheckedStream, numbered, run_stream
-from benchmarks.replica_set import ReplicaSet
+from benchmarks.replica_set import Replica, ReplicaSet
 from synthia_vllm.cluster.pool import ReplicaPool
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.fair.room import Capacity
@@ -29,6 +29,20 @@ _LISTING_S = 0.1
 CLUSTER: dict[str, Any] = {"canary_period_s": 0.4, "canary_deadline_s": 1.2, "slow_start_s": 0.0, "handover_s": 0.5}
 
 
+class Both:
+    """Two sets as one, for the gateway's discovery."""
+
+    def __init__(self, *sets: ReplicaSet) -> None:
+        self._sets = sets
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return [replica for found in self._sets for replica in found.replicas]
+
+    def listing(self) -> dict[str, str]:
+        return {name: url for found in self._sets for name, url in found.listing().items()}
+
+
 @dataclass
 class House:
     """A gateway that runs, its pool, and its replicas."""
@@ -36,7 +50,7 @@ class House:
     url: str
     gateway: Gateway
     pool: ReplicaPool
-    replicas: ReplicaSet
+    replicas: ReplicaSet | Both
 
     def load(self, streams: int = STREAMS, tokens: int = TOKENS, **options: Any) -> "asyncio.Task[list[CheckedStream]]":
         """So many streams at once, chats and completions, some with ids and logprobs of the client's own."""
@@ -88,7 +102,7 @@ class House:
 
 @asynccontextmanager
 async def house(
-    replicas: ReplicaSet, *, cluster: dict[str, Any] | None = None, connect_timeout: float = 1.0, **options: Any
+    replicas: ReplicaSet | Both, *, cluster: dict[str, Any] | None = None, connect_timeout: float = 1.0, **options: Any
 ) -> AsyncIterator[House]:
     """Gateway, pool and a discovery that tells the pool ten times a second; all replicas are up."""
     told = {"limits": {"concurrent_requests": 100_000}, "log": {"requests": False}, "port": 0, "drain_timeout": 2.0}
@@ -114,7 +128,7 @@ async def house(
     sock.close()
 
 
-async def _discover(pool: ReplicaPool, replicas: ReplicaSet) -> None:
+async def _discover(pool: ReplicaPool, replicas: ReplicaSet | Both) -> None:
     while True:
         pool.update(replicas.listing())
         await asyncio.sleep(_LISTING_S)
