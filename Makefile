@@ -13,7 +13,7 @@ ENGINE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo c
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help install serve test e2e lint format bench lock clean
+.PHONY: help install serve test e2e lint format bench chaos lock clean
 
 help: ## Show this
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,6 +40,9 @@ format: $(INSTALLED_DEV) ## Format the code
 
 bench: $(INSTALLED_DEV) ## Measure against plain vLLM, in one run (about 15 minutes on 2 cores)
 	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+chaos: $(INSTALLED_DEV) ## Kill replicas (null engines) under 2,000 streams and check every byte (about 4 minutes)
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 lock: $(BIN)/python ## Make the lock files from pyproject.toml; UPGRADE= keeps the pins that are there
 	$(BIN)/pip install --quiet uv

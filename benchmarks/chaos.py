@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import uvloop
 from rich.console import Console
 from rich.table import Table
@@ -171,17 +173,19 @@ def null(
         port = free_port()
         words = ["--port", str(port)] + [word for url in engines.listing().values() for word in ("--upstream", url)]
         words += ["--resume"] if resume else []
-        stack.enter_context(_gateway(words, data))
+        gateway = stack.enter_context(_gateway(words, data))
         wait_for(port)
         say(f"{replicas} engines of {statistics.mean(engines.memory_mib()):.0f} MiB each, {streams} streams")
         url = f"http://127.0.0.1:{port}"
         load = Load(url, streams, ids=not resume)
+        before, began = _cpu_s(gateway), time.monotonic()
         kills = uvloop.run(_kill_under(load, engines, seconds, every, say))
+        share = round((_cpu_s(gateway) - before) / (time.monotonic() - began), 2)
         wrong = sum(len(engines.fault(name)["wrong_resumes"]) for name in engines.listing())
         told = resumes(url)
     options = {"replicas": replicas, "streams": streams, "seconds": seconds, "every": every, "resume": resume}
     options["tokens_per_second"] = tokens_per_second
-    return figures(load.finished, kills, options, resumed=told, refused_seams=wrong)
+    return figures(load.finished, kills, options, resumed=told, refused_seams=wrong, gateway_cores=share)
 
 
 async def _kill_under(
@@ -231,6 +235,11 @@ def _progress(load: Load, kills: list[Kill]) -> str:
     return f"{len(kills)} kills: {len(load.open)} streams open, {len(load.finished)} ended, {broken} of them broken"
 
 
+def _cpu_s(process: "subprocess.Popen[bytes]") -> float:
+    times = psutil.Process(process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
 class _gateway:
     """`synthia-vllm gateway`, with a database of its own; ended at the end."""
 
@@ -260,7 +269,10 @@ def figures(streams: list[CheckedStream], kills: list[Kill], options: dict[str, 
     """What the report keeps of a scenario."""
     broken = [stream for stream in streams if stream.broken is not None]
     pauses: list[float] = []
-    for kill in kills:
+    others: list[float] = []
+    for number, kill in enumerate(kills, start=1):
+        between = (kill.at + kills[number].at) / 2 if number < len(kills) else kill.at - options.get("every", 0) / 2
+        others += (pause for stream in streams if (pause := stream.pause_at(between)) is not None)
         spanning = sorted(pause for stream in streams if (pause := stream.pause_at(kill.at)) is not None)
         pauses += spanning[len(spanning) - min(kill.held, len(spanning)) :]
     summary: dict[str, Any] = {
@@ -272,6 +284,8 @@ def figures(streams: list[CheckedStream], kills: list[Kill], options: dict[str, 
     }
     if pauses:
         summary |= {f"pause at a kill, s, {name}": round(value, 3) for name, value in quantiles(pauses).items()}
+    if others:
+        summary["gap between chunks halfway between two kills, s, p95"] = round(quantiles(others)["p95"], 3)
     return {
         "options": options,
         "summary": summary,
