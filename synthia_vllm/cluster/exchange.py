@@ -54,29 +54,38 @@ class Exchange:
         self._sent = False  # and some of its body
         self._last_loss: LossReason | None = None
         self._legs = 0
-        self._suspicion = 0  # replicas lost one after the other while this request got nowhere
+        self._on_trial = False
+        # Replicas lost under this request before it had a token there. From the first on it is tried where no other
+        # suspect is, so that the next loss has one cause: who was there by chance is not refused.
+        self._suspicion = 0
+        self._position_before = 0  # of this leg
         self._refused_by: set[Replica] = set()  # answered with a 5xx of their own
 
     async def run(self) -> None:
         while True:
             replica = await self._acquire()
-            before = self._position()
+            self._position_before = self._position()
             try:
                 await self._stay(replica)
             except LegLost as loss:
                 self._pool.lost(replica, loss.reason)
-                await self._judge(replica, loss, progressed=self._position() > before)
+                await self._judge(replica, loss)
             else:
                 if self._last_loss is not None:
                     STREAM_RESUMES.labels(self._last_loss, "resumed" if self._progress else "retried").inc()
                 return
             finally:
-                self._pool.release(replica)
+                self._pool.release(replica, self._on_trial)
 
     async def _acquire(self) -> Replica:
+        self._on_trial = self._suspicion > 0
         try:
             return await self._pool.acquire(
-                self._key, self._refused_by, wait=self._request is not None, on_wait=self._tell_of_wait
+                self._key,
+                self._refused_by,
+                wait=self._request is not None,
+                on_trial=self._on_trial,
+                on_wait=self._tell_of_wait,
             )
         except RequestError as error:
             return await self._break(error)
@@ -158,6 +167,9 @@ class Exchange:
                 out += event if progress is None else progress.feed(event)
             if out:
                 await self._send_body(out)
+            if self._on_trial and self._progressed():
+                self._on_trial = False
+                self._pool.acquit(replica)
             if progress is not None and progress.cut_short:
                 break
         if progress is not None and not progress.done:
@@ -166,14 +178,14 @@ class Exchange:
             return await self._send_body(progress.close(), last=True)
         return await self._send_body(bytes(buffer), last=True)
 
-    async def _judge(self, replica: Replica, loss: LegLost, *, progressed: bool) -> None:
+    async def _judge(self, replica: Replica, loss: LegLost) -> None:
         """Returns if the request may go on elsewhere; answers the client and raises if not."""
         limits = self._pool.settings
         self._last_loss = loss.reason
         if self._progress is not None and self._progress.prompt is not None:
             self._progress.lost()
         if loss.reached and loss.reason != "drained":
-            self._suspicion = 1 if progressed else self._suspicion + 1
+            self._suspicion = 0 if self._progressed() else self._suspicion + 1
         _log.warning(
             "replica_lost_under_request",
             replica=replica.name,
@@ -184,8 +196,7 @@ class Exchange:
         if self._suspicion >= limits.max_losses:
             _log.error("request_refused_after_losses", request=self._call.id if self._call else None)
             await self._give_up(
-                f"{self._suspicion} replicas were lost one after the other while they worked on this request; "
-                "it is not tried again",
+                f"{self._suspicion} replicas were lost when they began to work on this request; it is not tried again",
                 "refused",
             )
         if self._legs > limits.max_resumes:
@@ -235,6 +246,9 @@ class Exchange:
         if self._progress is not None:
             return len(self._progress.ids)
         return int(self._sent)
+
+    def _progressed(self) -> bool:
+        return self._position() > self._position_before
 
     def _query(self) -> str:
         given = self._scope.get("query_string")

@@ -40,6 +40,7 @@ _log = structlog.get_logger(__name__)
 class _Waiter:
     key: str | None
     avoid: Set[Replica]
+    on_trial: bool
     given: "asyncio.Future[Replica]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -146,17 +147,21 @@ class ReplicaPool:
         avoid: Set[Replica] = frozenset(),
         *,
         wait: bool = True,
+        on_trial: bool = False,
         on_wait: Callable[[float], Awaitable[None]] | None = None,
     ) -> Replica:
         """A replica for one request, to be released after it. `on_wait` is called while there is none, with seconds.
 
-        Raises Overloaded where none comes in time, or none is there and `wait` is off.
+        With `on_trial`, one where no other request is on trial. Raises Overloaded where none comes in time, or none is
+        there and `wait` is off.
         """
-        if not self._waiters and (replica := self._pick(key, avoid)) is not None:
-            return self._take(replica)
+        if all(waiter.on_trial for waiter in self._waiters):
+            replica = self._pick(key, avoid, on_trial)
+            if replica is not None:
+                return self._take(replica, on_trial)
         if not wait:
             raise _nobody()
-        began, waiter = self._loop.time(), _Waiter(key, avoid)
+        began, waiter = self._loop.time(), _Waiter(key, avoid, on_trial)
         self._waiters.append(waiter)
         try:
             while not (await asyncio.wait((waiter.given,), timeout=_PATIENCE_S))[0]:
@@ -169,16 +174,24 @@ class ReplicaPool:
                 return waiter.given.result()
         except BaseException:
             if waiter.given.done():
-                self.release(waiter.given.result())
+                self.release(waiter.given.result(), on_trial)
             raise
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
         raise _nobody()
 
-    def release(self, replica: Replica) -> None:
+    def release(self, replica: Replica, on_trial: bool = False) -> None:
+        """`on_trial` as in `acquire`, unless it was acquitted."""
         replica.in_flight -= 1
+        if on_trial:
+            replica.on_trial = False
         self._forget_if_idle(replica)
+        self._hand_out()
+
+    def acquit(self, replica: Replica) -> None:
+        """A request on trial had a token: others may be tried there."""
+        replica.on_trial = False
         self._hand_out()
 
     def heard(self, replica: Replica) -> None:
@@ -196,28 +209,31 @@ class ReplicaPool:
         self._tell_capacity()
         self._ask(replica)
 
-    def _pick(self, key: str | None, avoid: Set[Replica]) -> Replica | None:
+    def _pick(self, key: str | None, avoid: Set[Replica], on_trial: bool) -> Replica | None:
         now = self._loop.time()
         free = [
             replica
             for replica in self._replicas.values()
-            if replica.state == "up" and replica.in_flight < replica.limit(now, self.settings.slow_start_s)
+            if replica.state == "up"
+            and not (on_trial and replica.on_trial)
+            and replica.in_flight < replica.limit(now, self.settings.slow_start_s)
         ]
         return self._router.pick([replica for replica in free if replica not in avoid] or free, key)
 
-    def _take(self, replica: Replica) -> Replica:
+    def _take(self, replica: Replica, on_trial: bool) -> Replica:
         replica.in_flight += 1
+        replica.on_trial = replica.on_trial or on_trial
         return replica
 
     def _hand_out(self) -> None:
         """Gives replicas to those who wait, the longest first."""
         for waiter in list(self._waiters):
-            replica = self._pick(waiter.key, waiter.avoid)
-            if replica is None:
+            replica = self._pick(waiter.key, waiter.avoid, waiter.on_trial)
+            if replica is None and not waiter.on_trial:
                 return
-            self._waiters.remove(waiter)
-            if not waiter.given.done():
-                waiter.given.set_result(self._take(replica))
+            if replica is not None:
+                self._waiters.remove(waiter)
+                waiter.given.set_result(self._take(replica, waiter.on_trial))
 
     async def _run(self) -> None:
         while True:
@@ -288,7 +304,11 @@ class ReplicaPool:
 
     async def _cache_size(self, replica: Replica) -> int | None:
         async with self.session.get(f"{replica.url}/metrics", headers=self.headers) as reply:
-            return cache_tokens(await reply.text()) if reply.status == 200 else None
+            text = await reply.text()
+        try:
+            return cache_tokens(text)
+        except ValueError:
+            return None  # no metrics, or not vLLM's
 
     def _forget_if_idle(self, replica: Replica) -> None:
         if replica.draining_since is not None and not replica.in_flight:

@@ -30,6 +30,7 @@ class Replica:
     last_heard: float = 0.0  # any byte of any reply
     asked_at: float = 0.0  # the last canary's start
     up_since: float | None = None
+    on_trial: bool = False  # a request under which another replica died has not had a token here yet
     draining_since: float | None = None
     canary: "asyncio.Task[None] | None" = None
     legs: "set[Leg]" = field(default_factory=set)
