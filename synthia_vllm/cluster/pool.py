@@ -55,6 +55,8 @@ class ReplicaPool:
     the connections and watches the replicas. `on_capacity` is told when what all of them hold changes.
     """
 
+    tells_readiness = True  # to `Gateway`: answers /ready itself, from its canaries
+
     def __init__(
         self,
         settings: ClusterSettings,

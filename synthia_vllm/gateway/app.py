@@ -21,6 +21,7 @@ from synthia_vllm.gateway.limits.layer import Limits, merge
 from synthia_vllm.gateway.limits.memory import MemoryLimiter
 from synthia_vllm.gateway.limits.shared import SharedLimiter
 from synthia_vllm.gateway.meter import Meter
+from synthia_vllm.gateway.readiness import Readiness
 from synthia_vllm.gateway.request_log import RequestLog
 from synthia_vllm.gateway.routes import Routes
 from synthia_vllm.gateway.store.database import open_database
@@ -94,6 +95,8 @@ class Gateway:
         )
         self._database = database
         self._log = RequestLog(settings.log)
+        if not getattr(upstream, "tells_readiness", False):
+            upstream = Readiness(upstream, last_token=self._last_token)
         app: ASGIApp = Meter(upstream)
         app = FairQueue(
             app,
@@ -152,6 +155,9 @@ class Gateway:
             if user in limits:
                 users[user]["limits"] = {name: getattr(limits[user], name) for name in limits[user].__slots__}
         return found
+
+    def _last_token(self) -> float:
+        return max((call.last_token or 0.0 for call in self.access.open.values()), default=0.0)
 
     def _ended(self, call: Call) -> None:
         if call.max_generated:

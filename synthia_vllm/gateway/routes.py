@@ -18,6 +18,7 @@ ROUTES = {
     "/detokenize": "POST",
     "/v1/models": "GET",
     "/health": "GET",
+    "/ready": "GET",
     "/metrics": "GET",
 }
 ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
