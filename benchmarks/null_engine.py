@@ -22,6 +22,8 @@ from benchmarks.null_replies import NumberedReply, Reply, given_ids
 from benchmarks.null_tokens import WrongResume, text_of
 
 _YIELD_EACH = 64  # chunks, at full speed: `send` does not let others run
+# Slow streams are sent to at common moments, as a real engine's steps do: else each token wakes the process.
+_SLOW_S, _STEP_S = 0.2, 0.05
 _KV_BLOCKS, _BLOCK = 4096, 16
 
 
@@ -91,8 +93,9 @@ class NullEngine:
         faults = self.faults
         if faults.status is not None or faults.dead:
             return await _answer(send, faults.status or 500, ENGINE_DEAD)
-        if faults.poison is not None:
-            faults.die_of(text_of(request), given_ids(request))
+        poisoned = faults.poison is not None and faults.is_poison(text_of(request), given_ids(request))
+        if poisoned and not faults.poison_at:
+            faults.die()
         if not request.get("return_token_ids"):
             reply = Reply(request, chat, next(self._ids), self._text, faults.usage_lie)
             return await self._generate(reply, gone, send)
@@ -104,6 +107,8 @@ class NullEngine:
             told = {"message": str(error), "type": "BadRequestError", "param": "prompt", "code": 400}
             return await _answer(send, 400, msgspec.json.encode({"error": told}))
         self.resumed += numbered.begun > 0
+        if poisoned:
+            numbered.deadly = max(1, faults.poison_at - numbered.begun)
         return await self._generate(numbered, gone, send)
 
     async def _generate(self, reply: Reply, gone: asyncio.Future[None], send: Send) -> None:
@@ -133,7 +138,7 @@ class NullEngine:
         chunk, gap, faults = reply.chunk, self._gap, self.faults
         for number in range(1, reply.tokens + 1):
             if gap:
-                await asyncio.wait((gone,), timeout=gap)
+                await self._pause(gone)
             elif not number % _YIELD_EACH:
                 await asyncio.sleep(0)
             if gone.done():
@@ -141,10 +146,19 @@ class NullEngine:
                 return None
             if faults.in_streams and await faults.strike(number, gone):
                 return await send({"type": "http.response.body", "body": ENGINE_DEAD_EVENT, "more_body": False})
+            if number == reply.deadly:
+                faults.die()
             for index in range(reply.choices):
                 await send({"type": "http.response.body", "body": chunk(number, index), "more_body": True})
         await send({"type": "http.response.body", "body": reply.last(), "more_body": False})
         return None
+
+    async def _pause(self, gone: asyncio.Future[None]) -> None:
+        """Until the next token is due, or the client has left."""
+        gap = self._gap
+        if gap >= _SLOW_S:
+            gap -= asyncio.get_running_loop().time() % _STEP_S
+        await asyncio.wait((gone,), timeout=gap)
 
     async def _change_faults(self, body: bytes, send: Send) -> None:
         """`POST /fault`: switches those that are named; answers with all, and with what has become of requests."""
@@ -231,6 +245,7 @@ async def serve(engine: NullEngine, host: str, port: int) -> None:
 @click.option("--status", type=int, help="A fault: every request gets this error.")
 @click.option("--dead", is_flag=True, help="A fault: says in every stream that its engine is dead.")
 @click.option("--poison", help="A fault: a prompt with this text in it ends the process.")
+@click.option("--poison-at", type=int, default=0, help="Not at once, but at this token of its reply.")
 @click.option("--usage-lie", type=int, default=0, help="A fault: so many tokens more are told.")
 def main(
     host: str,

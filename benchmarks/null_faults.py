@@ -24,7 +24,8 @@ class Faults:
     hang          nothing is sent to anyone, canaries included; `/health` still answers, as a hung vLLM's does
     status        every request is answered with this HTTP status (an error)
     dead          the engine behind the server has died: an error event and `[DONE]` in every stream, 500 to others
-    poison        a prompt with this text in it makes the process exit at once
+    poison        a prompt with this text in it makes the process exit
+    poison_at     not at once, but in place of this token of its reply, wherever the reply began
     usage_lie     so many tokens more are told than were generated
     refuse_s      connections are refused for so long, once
     """
@@ -34,6 +35,7 @@ class Faults:
     status: int | None = None
     dead: bool = False
     poison: str | None = None
+    poison_at: int = 0
     usage_lie: int = 0
     refuse_s: float | None = None
 
@@ -60,10 +62,13 @@ class Faults:
             raise ConnectionResetError("a fault, as ordered")
         return self.dead
 
-    def die_of(self, text: str, ids: list[int] | None) -> None:
-        """Ends the process if the prompt is poison, as text or as the ids that were made of it."""
-        if self.poison is not None and (self.poison in text if ids is None else POISON in ids):
-            os._exit(1)
+    def is_poison(self, text: str, ids: list[int] | None) -> bool:
+        """Whether a prompt has the poison in it, as text or as the ids that were made of it."""
+        return self.poison is not None and (self.poison in text if ids is None else POISON in ids)
+
+    def die(self) -> None:
+        """As a segmentation fault would: nothing is said, nothing is cleaned up."""
+        os._exit(1)
 
     def _note(self) -> None:
         # Read before each token: one attribute, so that an engine without faults is as fast as it was.

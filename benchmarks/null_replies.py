@@ -15,6 +15,7 @@ class Reply:
         self.tokens: int = wanted or (1024 if chat else 16)
         self.stream = bool(request.get("stream"))
         self.choices: int = request.get("n") or 1
+        self.deadly: int | None = None  # the token that the process dies of
         self._chat = chat
         self._text = text
         self._lie = lie

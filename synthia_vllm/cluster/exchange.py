@@ -1,5 +1,6 @@
 """One request from its first replica to its last."""
 
+import asyncio
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
@@ -26,6 +27,7 @@ _BUSY = 503  # what Ray Serve answers over max_ongoing_requests
 _DETOKENIZE_TIMEOUT_S = 2.0
 _CUT_CHARACTER = "\ufffd"
 _LONGEST_CHARACTER = 4  # bytes, hence tokens
+_SETTLE_S = 0.5
 
 _log = structlog.get_logger(__name__)
 
@@ -79,6 +81,9 @@ class Exchange:
 
     async def _acquire(self) -> Replica:
         self._on_trial = self._suspicion > 0
+        if self._on_trial and self._last_loss == "died":
+            # Replicas of one node die one after the other; a trial among them would find the wrong one guilty.
+            await asyncio.sleep(_SETTLE_S)
         try:
             return await self._pool.acquire(
                 self._key,
