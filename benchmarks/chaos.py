@@ -1,13 +1,13 @@
 """Replicas are killed under load, and every byte of every stream is checked.
 
     python -m benchmarks.chaos [null] [--streams 2000] [--seconds 120] [--no-resume]
-    python -m benchmarks.chaos demo --url http://127.0.0.1:8000 --pids 'COMMAND' [--rounds 20]
+    python -m benchmarks.chaos demo --url http://127.0.0.1:8000 [--rounds 20] [--pids 'COMMAND']
 
 null   `synthia-vllm gateway --resume` in front of 16 null engines (a stand-in: real processes, no model). So many
        streams are always open; every 5 s one of the engines is killed with -9 and comes back a second later.
 demo   a gateway or cluster that runs already, on real engines: 16 greedy streams of 150 tokens, one engine process
        killed at a random moment, so many rounds; texts are compared with those of a run without a kill. COMMAND prints
-       the pids, of which one is killed.
+       the engines' pids; without it, `synthia-vllm cluster status` is asked.
 
 A stream is broken if any token is missing, doubled or wrong, or its id, finish_reason, usage or end is. The pause is
 the gap between two chunks that spans the kill, of as many streams, the longest, as the killed engine had.
@@ -18,6 +18,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import signal
 import statistics
 import subprocess
@@ -49,6 +50,7 @@ TOKENS = (40, 120)  # of a stream, drawn
 _RAMP_S = 10.0
 _SHOWN = 20  # broken streams that the report quotes
 _PROGRESS_S = 5.0
+_STATUS = f"{shlex.quote(sys.executable)} -m synthia_vllm cluster status --json"
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Load:
 @click.option("--resume/--no-resume", default=True, help="null: what the gateway does about it.")
 @click.option("--url", help="demo: where the gateway is.")
 @click.option("--key", help="demo: a key for it.")
-@click.option("--pids", help="demo: a command that prints the pids of the engines.")
+@click.option("--pids", default=_STATUS, help="demo: a command that prints the pids of the engines.")
 @click.option("--rounds", default=20, show_default=True, help="demo: kills.")
 @click.option("--tokens", default=150, show_default=True, help="demo: of each stream.")
 @click.option(
@@ -131,8 +133,8 @@ def main(scenario: str, streams: int | None, output: Path, **options: Any) -> No
         found = null(streams or 2000, say, **{name: options[name] for name in _NULL_OPTIONS})
         name = "null" if options["resume"] else "null, without resume"
     else:
-        if not options["url"] or not options["pids"]:
-            raise click.UsageError("demo needs --url and --pids")
+        if not options["url"]:
+            raise click.UsageError("demo needs --url")
         found = uvloop.run(run_demo(streams or 16, say, **{name: options[name] for name in _DEMO_OPTIONS}))
         name = "demo"
     report = json.loads(output.read_text()) if output.exists() else {}

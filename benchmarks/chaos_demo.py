@@ -18,7 +18,7 @@ PROMPTS = (
     "What is an orca?", "Why is the sky blue?", "Tell me a story about a lighthouse.", "How does bread rise?",
     "Explain tides to a child.", "What do bees do in winter?", "Describe a city at night.", "How is glass made?",
 )  # fmt: skip
-_BACK_S = 180.0
+_BACK_S = 300.0
 _LOOK_S = 0.5
 
 PidList = Callable[[], Awaitable[list[int]]]
@@ -69,15 +69,19 @@ async def run_demo(
 
 
 def pid_command(command: str) -> PidList:
-    """The numbers under `pid` in the JSON that a command prints, or all numbers where it prints none such."""
+    """Asks a command: the running engines of `synthia-vllm cluster status --json`, or any numbers that it prints."""
 
     async def ask() -> list[int]:
         process = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
         out, _ = await process.communicate()
         try:
-            return _pids_in(json.loads(out))
+            found = json.loads(out)
         except json.JSONDecodeError:
             return [int(word) for word in re.findall(rb"\d+", out)]
+        if not isinstance(found, dict):
+            return [found] if isinstance(found, int) else list(found)
+        replicas = found.get("applications", {}).get("engine", {}).get("replicas", [])
+        return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING" and replica["pid"]]
 
     return ask
 
@@ -144,12 +148,3 @@ def _wanted(number: int, tokens: int, key: str | None) -> Wanted:
     body = {"model": "synthia", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     options = {"stream": True, "stream_options": {"include_usage": True}}
     return Wanted(COMPLETIONS, body | options, tokens, None, key)
-
-
-def _pids_in(found: Any) -> list[int]:
-    if isinstance(found, list):
-        return [pid for value in found for pid in _pids_in(value)]
-    if isinstance(found, dict):
-        own = [found["pid"]] if isinstance(found.get("pid"), int) else []
-        return own + [pid for value in found.values() if isinstance(value, dict | list) for pid in _pids_in(value)]
-    return [found] if isinstance(found, int) else []

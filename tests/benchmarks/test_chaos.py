@@ -57,10 +57,13 @@ async def test_figures_take_the_longest_pauses_of_as_many_as_were_held() -> None
     assert table.startswith("| figure | null | demo |\n|---|---|---|\n| streams | 3 | 5 |\n")
 
 
-async def test_pids_are_found_in_json_and_in_plain_text() -> None:
-    status = json.dumps({"replicas": [{"name": "a", "pid": 11, "port": 3}, {"name": "b", "pid": 12}], "version": 1})
-    assert await pid_command(f"echo '{status}'")() == [11, 12]
+async def test_pids_are_found_in_the_clusters_status_and_in_plain_text() -> None:
+    replicas = [{"name": "a", "state": "RUNNING", "pid": 11}, {"name": "b", "state": "STARTING", "pid": None}]
+    others = [{"name": "c", "state": "RUNNING", "pid": 12}]
+    status = {"applications": {"engine": {"replicas": replicas}, "gateway": {"replicas": others}}}
+    assert await pid_command(f"echo '{json.dumps(status)}'")() == [11]
     assert await pid_command("echo 7 8")() == [7, 8]
+    assert await pid_command("echo 7")() == [7]
 
 
 async def test_kill_one() -> None:
