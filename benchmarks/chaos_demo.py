@@ -45,8 +45,11 @@ async def run_demo(
     for number in range(rounds):
         found = await _disturbed(url, asked, who, took * random.uniform(0.1, 0.9), texts)
         results.append(found)
-        say(f"round {number + 1} of {rounds}: {found}")
-        found["back_after_s"] = round(await _back(who, full), 1)
+        seen = f"{len(found['broken_streams'])} broken, {found['other_texts']} other texts"
+        say(
+            f"round {number + 1} of {rounds}: {seen}, "
+            f"longest pause {max(found['pauses'], default=0.0)} s, full strength after {found['back_after_s']} s"
+        )
     broken = [one for found in results for one in found.pop("broken_streams")]
     pauses = [pause for found in results for pause in found["pauses"]]
     summary: dict[str, Any] = {
@@ -97,18 +100,23 @@ async def _disturbed(url: str, asked: list[Wanted], who: PidList, after: float, 
     loop = asyncio.get_running_loop()
     pids = await who()
     running = asyncio.create_task(_round(url, asked))
+    back: asyncio.Task[float] | None = None
     try:
         await asyncio.sleep(after)
         at = loop.time()
-        kill_one(pids)
+        back = asyncio.create_task(_back(who, kill_one(pids), len(pids)))
         streams = await running
+        back_after = await back
     finally:
         running.cancel()
+        if back is not None:
+            back.cancel()
     other = sum("".join(stream.text) != text for stream, text in zip(streams, texts, strict=True))
     # Which streams the killed one had is not known here; the longer half of the pauses is at least those.
     pauses = sorted(pause for stream in streams if (pause := stream.pause_at(at)) is not None)
     return {
         "killed_after_s": round(after, 2),
+        "back_after_s": round(back_after, 1),
         "other_texts": other,
         "pauses": [round(pause, 3) for pause in pauses[len(pauses) // 2 :]],
         "broken_streams": [
@@ -123,22 +131,16 @@ async def _round(url: str, asked: list[Wanted]) -> list[CheckedStream]:
     return list(await asyncio.gather(*(run_stream(url, wanted) for wanted in asked)))
 
 
-async def _back(who: PidList, count: int) -> float:
-    """Seconds until as many engines as at first are there, with new pids in place of the dead."""
+async def _back(who: PidList, victim: int, count: int) -> float:
+    """Seconds until as many engines as before run again, without the killed one."""
     began = time.monotonic()
-    while len([pid for pid in await who() if _alive(pid)]) < count:
+    while True:
+        pids = await who()
+        if victim not in pids and len(pids) >= count:
+            return time.monotonic() - began
         if time.monotonic() - began > _BACK_S:
             raise click.ClickException(f"not back at {count} engines after {_BACK_S:.0f} s")
         await asyncio.sleep(_LOOK_S)
-    return time.monotonic() - began
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
 
 
 def _wanted(number: int, tokens: int, key: str | None) -> Wanted:
