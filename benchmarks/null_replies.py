@@ -46,7 +46,14 @@ class Reply:
             return self._event({**self._events_head, "choices": [choice]}, number)
         if not self._continuous:
             return b"data: %b}\n\n" % self._bodies[index]
-        return b"data: %b%b}\n\n" % (self._bodies[index], self._usage_bytes(number))
+        told, prompt = number + self._lie, self._prompt  # written out: `benchmarks.cost` measures what is around this
+        return b'data: %b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}}\n\n' % (
+            self._bodies[index],
+            prompt,
+            prompt + told,
+            told,
+            self._details,
+        )
 
     def last(self) -> bytes:
         if not self._usage:

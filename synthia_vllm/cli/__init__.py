@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": ("synthia_vllm.cli.serve", "Serve the model on this machine (OpenAI and Anthropic APIs)."),
     "chat": ("synthia_vllm.cli.chat", "Talk to a running server."),
     "gateway": ("synthia_vllm.cli.gateway", "Keys, limits, fair sharing and the bill before engines elsewhere."),
+    "cluster": ("synthia_vllm.cli.cluster", "Serve with several replicas on Ray: up, status, down, config."),
     "keys": ("synthia_vllm.cli.keys", "Make, list, rotate and revoke API keys."),
     "usage": ("synthia_vllm.cli.usage", "Tell who used how many tokens."),
     "batch": ("synthia_vllm.cli.batch", "Run an OpenAI batch file offline."),

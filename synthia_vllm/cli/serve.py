@@ -78,15 +78,25 @@ def serve(settings: Settings, vllm_options: list[str]) -> int:
 
 def ready_text(settings: Settings, port: int, model: str, seconds: float, log: Path | None) -> str:
     """What is printed when the server answers: where it is and a command that works as printed."""
-    from synthia_vllm.gateway.app import keys_required
-
     host = settings.host
     reach = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
     url = f"http://{reach}:{port}"
-    body = json.dumps({"model": "synthia", "messages": [{"role": "user", "content": "What is an orca?"}]})
-    needs_key = keys_required(settings)
     lines = [
         f"Ready after {seconds:.0f} s: {model} at {url} (also as synthia and synthia-tot)",
+        *request_text(settings, url),
+        *([f"Log: {log}"] if log else []),
+        "Stop with Ctrl-C: running requests finish first; a second Ctrl-C ends at once.",
+    ]
+    return "\n".join(lines)
+
+
+def request_text(settings: Settings, url: str) -> list[str]:
+    """How to send a first request, for `serve` and for `cluster up`."""
+    from synthia_vllm.gateway.app import keys_required
+
+    body = json.dumps({"model": "synthia", "messages": [{"role": "user", "content": "What is an orca?"}]})
+    needs_key = keys_required(settings)
+    return [
         "",
         f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
         *(['    -H "Authorization: Bearer $SYNTHIA_API_KEY" \\'] if needs_key else []),
@@ -94,10 +104,7 @@ def ready_text(settings: Settings, port: int, model: str, seconds: float, log: P
         "",
         f"Talk to it: synthia-vllm chat --url {url}",
         *(["Keys: SYNTHIA_API_KEY=$(synthia-vllm keys create --user NAME)"] if needs_key else []),
-        *([f"Log: {log}"] if log else []),
-        "Stop with Ctrl-C: running requests finish first; a second Ctrl-C ends at once.",
     ]
-    return "\n".join(lines)
 
 
 def _log_path(settings: Settings, port: int) -> Path | None:

@@ -41,14 +41,19 @@ def default_model(machine: Machine) -> str:
     return SYNTHIA if machine.gpus else DEMO
 
 
+def find_model(asked: str) -> tuple[str, str]:
+    """A model's folder or hub id, and its name to clients. Raises SetupError where the demo is missing."""
+    if asked == DEMO:
+        return str(demo_model()), DEMO_NAME
+    return (str(Path(asked).expanduser()) if asked.startswith("~") else asked), asked
+
+
 def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ()) -> EnginePlan:
     """Decides everything about the engine before anything is loaded; `extra` are vLLM's own options, which win.
 
     Raises SetupError where the model is missing, is no Llama architecture, or does not fit.
     """
-    asked = settings.model or default_model(machine)
-    model = str(demo_model()) if asked == DEMO else str(Path(asked).expanduser()) if asked.startswith("~") else asked
-    name = DEMO_NAME if asked == DEMO else asked
+    model, name = find_model(settings.model or default_model(machine))
     arguments = [
         *("--model", model),
         *("--served-model-name", name, *MODEL_ALIASES),

@@ -42,7 +42,7 @@ async def _serve(settings: Settings, plan: EnginePlan, sock: socket.socket, on_r
         async with gateway:
             server = DrainingServer(gateway.app, settings, on_ready)
             app.state.server = server  # vLLM's error handlers stop the server through it when the engine is dead
-            await _warm_up(engine)
+            await warm_up(engine)
             watch = asyncio.create_task(_watch_engine(engine, server))
             try:
                 drained = await server.run_until_stopped(sock)
@@ -93,7 +93,7 @@ async def _tokenizer(engine: Any) -> Any:
     return await found if inspect.isawaitable(found) else found
 
 
-async def _warm_up(engine: Any) -> None:
+async def warm_up(engine: Any) -> None:
     """Generates two tokens: the first request of a new engine pays for kernels that are built on first use."""
     from vllm import SamplingParams
 

@@ -29,6 +29,11 @@ _POLL_S = 0.2
 _ERROR = re.compile(r"\b\w*(?:Error|Exception): .+")
 
 
+def phase_of(log: str) -> str | None:
+    """What an engine is doing, by what it has written so far; None before vLLM says anything."""
+    return next((phase for mark, phase in reversed(_PHASES) if mark in log), None)
+
+
 class Startup:
     """Shows phase and seconds while the engine starts. On a terminal one line, elsewhere one line a phase."""
 
@@ -68,7 +73,7 @@ class Startup:
             self._status.update(self._line())
 
     def _advance(self, new: str) -> None:
-        phase = next((phase for mark, phase in reversed(_PHASES) if mark in new), self._phase)
+        phase = phase_of(new) or self._phase
         if phase != self._phase:
             self._phase = phase
             if not self._console.is_terminal:

@@ -1,0 +1,225 @@
+"""The cluster as data: a Serve config, as `serve deploy` and KubeRay take it, and the environment that Ray needs.
+
+What starts replicas anew when it changes is in the applications' `args`; numbers of replicas, delays and timeouts are
+options of the deployments, which Serve changes while they run.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.settings import ClusterSettings, Settings
+
+ENGINE, GATEWAY = "engine", "gateway"  # the applications
+ENGINE_ROUTE = "/engine"
+# `ray.serve.llm` makes the name from the class and the model's id, which is the same for every model of ours: with
+# another one, another model would be another deployment, and not a rollout.
+ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT = "Engine:synthia", "GatewayReplica"
+# Of the settings, what an engine replica is made from.
+_ENGINE_GROUPS = ("model", "prompt", "engine")
+_ENGINE_CLUSTER_FIELDS = ("pipeline_parallel_size", "cpus_per_replica", "max_generation_s")
+# Given to Ray's nodes in their environment, never written into a config: Serve shows those to everyone who asks.
+SECRETS = {
+    "SYNTHIA_ACCESS__SECRET": ("access", "secret"),
+    "SYNTHIA_ACCESS__DATABASE": ("access", "database"),
+    "SYNTHIA_LIMITS__REDIS": ("limits", "redis"),
+}
+_HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+_SWITCHES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING")
+# From the decision to stop a replica until its port closes: our gateways hear of it within a tenth of a second, HAProxy
+# needs a reload. Ray's default of 30 s would make every replica of a rollout wait for that long.
+_DEREGISTRATION_S = 5
+_MARGIN_S = 15  # that what waits for something is given more than that
+
+
+def serve_config(settings: Settings, vllm_options: Sequence[str] = ()) -> dict[str, Any]:
+    """The Serve config; the same settings give the same, so that deploying it again changes nothing.
+
+    `settings.model` has to be set. Raises SetupError where options contradict one another.
+    """
+    check_agreement(settings)
+    cluster = settings.cluster
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {
+            "host": settings.host,
+            "port": settings.port,
+            "keep_alive_timeout_s": math.ceil(settings.timeouts.idle),
+        },
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {
+                "name": ENGINE,
+                "route_prefix": ENGINE_ROUTE,
+                "import_path": "synthia_vllm.cluster.apps:engine",
+                "args": {"settings": _engine_settings(settings), "vllm_options": list(vllm_options)},
+                "deployments": [{"name": ENGINE_DEPLOYMENT, **_engine_options(cluster)}],
+            },
+            {
+                "name": GATEWAY,
+                "route_prefix": "/",
+                "import_path": "synthia_vllm.cluster.apps:gateway",
+                "args": {"settings": _gateway_settings(settings)},
+                "deployments": [{"name": GATEWAY_DEPLOYMENT, **_gateway_options(cluster)}],
+            },
+        ],
+    }
+
+
+def ray_environment(settings: Settings) -> dict[str, str]:
+    """What every node of Ray needs in its environment before it starts, beside the secrets."""
+    timeouts, cluster = settings.timeouts, settings.cluster
+    return {
+        **dict.fromkeys(_SWITCHES, "1"),
+        # Without a byte from a client that has to send one. A reply may take as long as it likes: `timeout server` is
+        # unset, and while a client only reads, HAProxy does not wait for it.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(max(timeouts.headers, timeouts.body))),
+        # Serve has no option for `timeout http-request`, the time that a request's headers may take as a whole. The
+        # last line of its `defaults` section is this algorithm, so that one more line can follow.
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"leastconn\n    timeout http-request {math.ceil(timeouts.headers)}s",
+        # An old HAProxy process lives on for its streams after each reload, at most so long.
+        _HARD_STOP: str(math.ceil(max(cluster.drain_s, cluster.max_generation_s)) + _MARGIN_S),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTRATION_S),
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a process that takes no GPU may still look at them
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def check_agreement(settings: Settings) -> None:
+    """Raises SetupError for times and numbers that contradict one another; it names both and the cure."""
+    c = settings.cluster
+    bounds = [
+        (c.drain_s >= c.max_generation_s, "drain-s", "max-generation-s", "a stream that can't move would be cut"),
+        (c.handover_s <= c.drain_s, "handover-s", "drain-s", "streams would be cut before they are handed over"),
+        (
+            c.health_timeout_s > c.canary_deadline_s,
+            "health-timeout-s",
+            "canary-deadline-s",
+            "Serve would stop a replica before its streams are moved",
+        ),
+    ]
+    for holds, one, other, why in bounds:
+        if not holds:
+            value, against = getattr(c, one.replace("-", "_")), getattr(c, other.replace("-", "_"))
+            word = "lower it, or raise" if one == "handover-s" else "raise it, or lower"
+            raise SetupError(
+                f"--cluster.{one} {value:g} does not fit --cluster.{other} {against:g}: {why}; {word} the other"
+            )
+    heard = c.canary_period_s + c.canary_deadline_s
+    if settings.timeouts.upstream_read <= heard:
+        raise SetupError(
+            f"--timeouts.upstream-read {settings.timeouts.upstream_read:g} does not fit --cluster.canary-deadline-s "
+            f"{c.canary_deadline_s:g}: a slow replica would be taken for a dead one before its canary is due; set more "
+            f"than {heard:g}"
+        )
+    if c.max_replicas is None:
+        if c.replicas < 1:
+            raise SetupError(
+                "--cluster.replicas 0: nothing would ever start; add --cluster.max-replicas for scaling from zero, or "
+                "set at least 1"
+            )
+    elif not c.min_replicas <= c.replicas <= c.max_replicas:
+        raise SetupError(
+            f"--cluster.replicas {c.replicas}: has to be between --cluster.min-replicas {c.min_replicas} and "
+            f"--cluster.max-replicas {c.max_replicas}"
+        )
+
+
+def check_environment(settings: Settings, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises SetupError where this process of a Ray cluster lacks what its nodes need; called by the builders there."""
+    wanted = ray_environment(settings)
+    for name in _SWITCHES:
+        if environment.get(name) != "1":
+            raise SetupError(
+                f"--cluster.address: this Ray runs without {name}=1; start its nodes with the environment that "
+                "`synthia-vllm cluster config` prints"
+            )
+    hard_stop = float(environment.get(_HARD_STOP, 120))
+    if hard_stop < settings.cluster.max_generation_s:
+        raise SetupError(
+            f"--cluster.max-generation-s {settings.cluster.max_generation_s:g} is more than {_HARD_STOP} {hard_stop:g} "
+            f"of this Ray: HAProxy would cut streams; start its nodes with {_HARD_STOP}={wanted[_HARD_STOP]}"
+        )
+
+
+def secrets_of(settings: Settings) -> dict[str, str]:
+    """The environment variables that carry what no config may hold; only those that are set."""
+    found = {}
+    for variable, (group, name) in SECRETS.items():
+        value = getattr(getattr(settings, group), name)
+        if value is not None:
+            found[variable] = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+    return found
+
+
+def _engine_settings(settings: Settings) -> dict[str, Any]:
+    dumped = _dump(settings)
+    cluster = {key: value for key, value in dumped.get("cluster", {}).items() if key in _ENGINE_CLUSTER_FIELDS}
+    picked = {key: dumped[key] for key in _ENGINE_GROUPS if key in dumped}
+    return picked | ({"cluster": cluster} if cluster else {})
+
+
+def _gateway_settings(settings: Settings) -> dict[str, Any]:
+    """All but what the gateway does not use or Serve can change while it runs."""
+    dumped = _dump(settings)
+    for name in ("port", "log_file", "drain_timeout"):
+        dumped.pop(name, None)
+    served_elsewhere = {"address", "replicas", "min_replicas", "max_replicas", "surge"}
+    cluster = {key: value for key, value in dumped.pop("cluster", {}).items() if key not in served_elsewhere}
+    return dumped | ({"cluster": cluster} if cluster else {})
+
+
+def _dump(settings: Settings) -> dict[str, Any]:
+    """What differs from the defaults, without the secrets, paths made absolute: a replica has another folder."""
+    dumped: dict[str, Any] = settings.model_dump(mode="json", exclude_defaults=True, exclude={"config"})
+    for group, name in SECRETS.values():
+        dumped.get(group, {}).pop(name, None)
+    for key in ("model", "tokenizer"):
+        if dumped.get(key) and Path(dumped[key]).expanduser().is_dir():
+            dumped[key] = str(Path(dumped[key]).expanduser().resolve())
+    return {key: value for key, value in dumped.items() if value != {}}
+
+
+def _engine_options(cluster: ClusterSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        # Twice what the gateways give on average: with affinity some replicas get more than others.
+        "max_ongoing_requests": 2 * cluster.max_requests_per_replica,
+        "health_check_period_s": cluster.health_period_s,
+        "health_check_timeout_s": cluster.health_timeout_s,
+        "graceful_shutdown_timeout_s": cluster.drain_s + _DEREGISTRATION_S + _MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 1.0,
+        "rolling_update_percentage": 0.01,  # one at a time
+        "max_surge_percent": 1 if cluster.surge else 0,  # rounded up to one replica
+    }
+    if cluster.max_replicas is None:
+        return {"num_replicas": cluster.replicas, **options}
+    scaling = {
+        "min_replicas": cluster.min_replicas,
+        "initial_replicas": cluster.replicas,
+        "max_replicas": cluster.max_replicas,
+        "upscale_delay_s": cluster.upscale_delay_s,
+        "downscale_delay_s": cluster.downscale_delay_s,
+        "policy": {
+            "policy_function": "synthia_vllm.cluster.autoscaling:TokenLoadPolicy",
+            "policy_kwargs": {"target_load": cluster.target_load},
+        },
+    }
+    return {"autoscaling_config": scaling, **options}
+
+
+def _gateway_options(cluster: ClusterSettings) -> dict[str, Any]:
+    return {
+        "num_replicas": cluster.gateways,
+        "health_check_period_s": cluster.health_period_s,
+        "health_check_timeout_s": cluster.health_timeout_s,
+        "graceful_shutdown_timeout_s": cluster.drain_s + _DEREGISTRATION_S + _MARGIN_S,
+        "graceful_shutdown_wait_loop_s": 1.0,
+        "rolling_update_percentage": 0.01,
+        "max_surge_percent": 1,  # a gateway is small, and without one nobody is served
+    }

@@ -1,0 +1,153 @@
+"""The gateway as a Serve application: the same layers as on one machine, above the pool of replicas."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ray import serve
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from synthia_vllm.cluster.config import ENGINE, ENGINE_ROUTE, GATEWAY_DEPLOYMENT
+from synthia_vllm.cluster.discovery import ServeDiscovery
+from synthia_vllm.cluster.guard import engine_key
+from synthia_vllm.cluster.load import Load, tell
+from synthia_vllm.cluster.pool import ReplicaPool
+from synthia_vllm.engine.arguments import find_model
+from synthia_vllm.engine.memory import read_geometry
+from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.app import Gateway
+from synthia_vllm.gateway.demand import TokenCounter, estimate_tokens
+from synthia_vllm.gateway.fair.room import Capacity
+from synthia_vllm.gateway.request_log import configure_logging
+from synthia_vllm.settings import Settings
+
+# Our own queue bounds what comes in. This only has to be more, else Serve would refuse what we would let wait.
+_UNBOUNDED = 1_000_000
+
+
+def build_gateway(settings: Settings) -> serve.Application:
+    deployment = serve.deployment(
+        serve.ingress()(GatewayReplica),
+        name=GATEWAY_DEPLOYMENT,
+        num_replicas=settings.cluster.gateways,
+        max_ongoing_requests=_UNBOUNDED,
+        ray_actor_options={
+            "num_cpus": 0,
+            # Serve's loop and ours are one: else each chunk of a stream changes threads on its way.
+            "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+        },
+    )
+    return deployment.bind(settings.model_dump(mode="json", exclude_defaults=True))
+
+
+class GatewayReplica:
+    """One gateway. Serve asks it for its ASGI app, and runs the lifespan around it."""
+
+    def __init__(self, settings: dict[str, object]) -> None:
+        self._settings = Settings(**settings)  # type: ignore[arg-type]
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        configure_logging(self._settings.log)
+        return ClusterGateway(self._settings)
+
+
+class ClusterGateway:
+    """Gateway, pool and discovery as one ASGI app that starts and ends them with its lifespan."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ending = contextlib.AsyncExitStack()
+        self._app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._lifespan(receive, send)
+        return await self._app(scope, receive, send)
+
+    async def start(self) -> None:
+        settings = self._settings
+        timeouts = settings.timeouts
+        pool = ReplicaPool(
+            settings.cluster,
+            key=engine_key(settings),
+            connect_timeout=timeouts.upstream_connect,
+            read_timeout=timeouts.upstream_read,
+        )
+        await self._ending.enter_async_context(pool)
+        count, context = tokenizer_of(settings)
+        stack = Gateway(pool, settings, count=count, context=context)
+        await self._ending.enter_async_context(stack)
+        pool.on_capacity = lambda capacity: stack.set_capacity(share(capacity, len(pool.up()), settings))
+        name = f"{os.uname().nodename}-{os.getpid()}"
+        tasks = [
+            asyncio.create_task(ServeDiscovery(ENGINE, ENGINE_ROUTE).run(pool.update)),
+            asyncio.create_task(tell(name, lambda: measure(stack, pool))),
+        ]
+        self._ending.push_async_callback(_end, tasks)
+        self._app = stack.app
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.start()
+        except BaseException as error:
+            await self._ending.aclose()
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            raise
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._ending.aclose()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def share(capacity: Capacity, replicas: int, settings: Settings) -> Capacity:
+    """This gateway's part of what the replicas hold: Serve spreads requests evenly over gateways."""
+    gateways = settings.cluster.gateways
+    requests = settings.cluster.max_requests_per_replica * replicas
+    return replace(
+        capacity,
+        tokens=None if capacity.tokens is None else max(1, capacity.tokens // gateways),
+        requests=max(1, requests // gateways) if replicas else None,
+    )
+
+
+def measure(stack: Gateway, pool: ReplicaPool) -> Load:
+    """What this gateway has to do now."""
+    scheduler = stack.scheduler
+    return Load(
+        tokens=scheduler.room.tokens,
+        queued_tokens=scheduler.queued_tokens,
+        requests=scheduler.room.requests + scheduler.queued_requests,
+        tokens_per_replica=pool.tokens_per_replica,
+    )
+
+
+def tokenizer_of(settings: Settings) -> tuple[TokenCounter, int | None]:
+    """How to count a prompt's tokens, and the model's context; an estimate and None where the model is not at hand."""
+    from tokenizers import Tokenizer
+
+    model = find_model(settings.model)[0] if settings.model else ""
+    context = settings.engine.max_model_len
+    with contextlib.suppress(SetupError):
+        geometry = read_geometry(model, settings.engine.dtype) if model else None
+        context = context or (geometry.context if geometry else None)
+    folders = [Path(folder) for folder in (settings.tokenizer, model) if folder]
+    path = next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
+    if path is None:
+        return estimate_tokens, context
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    return _counter(tokenizer), context
+
+
+def _counter(tokenizer: object) -> Callable[[str], int]:
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)  # type: ignore[attr-defined]
+
+
+async def _end(tasks: list["asyncio.Task[None]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,192 @@
+"""A Ray of our own on this machine: started by `cluster up` where no address is given, stopped by `cluster down`.
+
+It listens on this machine's own address only, keeps everything in a folder of its own, and is known by the ids of its
+processes; another Ray on the same machine is left alone.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.store.database import data_folder
+
+_HOST = "127.0.0.1"
+# The path of a socket has 97 bytes at most, and Serve puts the node's id of 56 into it.
+_SHORT_FOLDER = "/tmp"
+_OBJECT_STORE_BYTES = 128 * 2**20  # nothing large goes through Ray: the replicas' HTTP servers carry the traffic
+_START_TIMEOUT_S = 120
+_STOP_TIMEOUT_S = 10
+_MARK = "SYNTHIA_CLUSTER_FOLDER"  # in the environment of every process of this Ray
+# Of our own variables, those that say where things are. All else is in the config, and must not come from a shell in
+# which Ray happened to be started.
+_KEPT = ("SYNTHIA_DATA", "SYNTHIA_CACHE")
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    """A Ray that we started: where it is, and its processes with the times at which they were created."""
+
+    dashboard: str  # HOST:PORT
+    folder: str
+    port: int  # where the gateway answers
+    environment: dict[str, str]  # what its nodes were given, without secrets
+    secrets: str  # a hash
+    processes: dict[str, float]  # pid: created
+
+    def alive(self) -> bool:
+        return bool(_still(self.processes))
+
+
+def find() -> LocalRay | None:
+    """The Ray that an earlier `up` started and that still runs."""
+    path = _state_file()
+    if not path.exists():
+        return None
+    found = LocalRay(**json.loads(path.read_text()))
+    if found.alive():
+        return found
+    stop(found)
+    return None
+
+
+def start(environment: Mapping[str, str], secrets: Mapping[str, str], secrets_hash: str, port: int) -> LocalRay:
+    """Starts it; takes a few seconds. Raises SetupError with Ray's own words."""
+    folder = Path(tempfile.mkdtemp(prefix="synthia-ray-", dir=_SHORT_FOLDER))
+    ports = free_ports(7)
+    # As on macOS: a Ray of one machine, on its loopback address.
+    given = {
+        _MARK: str(folder),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        **environment,
+        **_haproxy_environment(folder / "h", ports[3:]),
+    }
+    inherited = {key: value for key, value in os.environ.items() if _inherited(key)}
+    words = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
+        *(f"--port={ports[0]}", "--ray-client-server-port=0", f"--dashboard-port={ports[1]}"),
+        *(f"--dashboard-host={_HOST}", f"--dashboard-agent-listen-port={ports[2]}"),
+        # The system chooses; Ray's fixed range may be another Ray's.
+        *("--min-worker-port=0", "--max-worker-port=0"),
+        *(f"--temp-dir={folder}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
+        *("--disable-usage-stats", "--include-log-monitor=false", "--log-color=false"),
+    ]
+    try:
+        done = subprocess.run(
+            words,
+            env={**inherited, **given, **secrets},
+            capture_output=True,
+            text=True,
+            timeout=_START_TIMEOUT_S,
+            check=False,
+        )
+        output, failed = done.stdout + done.stderr, done.returncode != 0
+    except subprocess.TimeoutExpired:
+        output, failed = f"nothing for {_START_TIMEOUT_S} s", True
+    ray = LocalRay(
+        dashboard=f"{_HOST}:{ports[1]}",
+        folder=str(folder),
+        port=port,
+        environment=dict(environment),
+        secrets=secrets_hash,
+        processes={str(process.pid): process.create_time() for process in _processes_of(folder)},
+    )
+    if failed:
+        stop(ray)
+        raise SetupError(f"Ray did not start: {output.strip()[-2000:]}")
+    _state_file().write_text(json.dumps(asdict(ray)))
+    return ray
+
+
+def stop(ray: LocalRay) -> None:
+    """Ends its processes, the engines' and HAProxy's among them, removes its folder, and forgets it."""
+    mine = _still(ray.processes) + _processes_of(Path(ray.folder))
+    everything = {process.pid: process for root in mine for process in [root, *_children(root)]}
+    for process in everything.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(everything.values(), timeout=_STOP_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_STOP_TIMEOUT_S)
+    shutil.rmtree(ray.folder, ignore_errors=True)
+    path = _state_file()
+    if path.exists() and json.loads(path.read_text())["folder"] == ray.folder:
+        path.unlink()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody uses; somebody else may take them before we do."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in sockets:
+            sock.bind((_HOST, 0))
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+def worker_log(ray: LocalRay, pid: int) -> str:
+    """What a worker process printed, for instance vLLM on its way up; empty where there is nothing."""
+    logs = Path(ray.folder, "session_latest", "logs")
+    texts = (path.read_text(errors="replace") for path in sorted(logs.glob(f"worker-*-{pid}.*")))
+    return "\n".join(texts)
+
+
+def _haproxy_environment(folder: Path, ports: Iterable[int]) -> dict[str, str]:
+    """HAProxy's files and side ports, which Serve else puts where any other Serve on this machine has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT")
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        **{f"RAY_SERVE_{name}": str(port) for name, port in zip(names, ports, strict=True)},
+    }
+
+
+def _inherited(variable: str) -> bool:
+    return variable in _KEPT or not variable.startswith(("SYNTHIA_", "RAY_"))
+
+
+def _state_file() -> Path:
+    return data_folder() / "cluster.json"
+
+
+def _still(processes: Mapping[str, float]) -> list[psutil.Process]:
+    """Those that run and are the ones that we started: process ids are used again."""
+    found = []
+    for pid, created in processes.items():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(int(pid))
+            if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _processes_of(folder: Path) -> list[psutil.Process]:
+    """Processes that were started with our mark in their environment, those that lost their parents included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == str(folder):
+                found.append(process)
+    return found
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []

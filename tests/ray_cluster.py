@@ -1,0 +1,63 @@
+"""One real cluster for the whole run: `cluster up` with two replicas of the demo model, when a test first needs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_UP_TIMEOUT_S = 420  # two engines on a machine that does other things as well
+_DOWN_TIMEOUT_S = 120
+# Small, so that it fits beside the other servers of a test run; prefixes of a conversation still fill many blocks.
+ENGINE_OPTIONS = ("--model", "demo", "--engine.max-model-len", "2048", "--engine.kv-cache-gib", "0.5")
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """What `cluster up` made, and the means to change it: each call is a command of its own, as a user would run it."""
+
+    url: str
+    data: Path
+    announcement: str
+
+    def run(self, *words: str, timeout: float = _UP_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+        return run_command(self.data, *words, timeout=timeout)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What `up` wrote down about its Ray."""
+        found: dict[str, Any] = json.loads((self.data / "cluster.json").read_text())
+        return found
+
+
+def run_command(data: Path, *words: str, timeout: float = _UP_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "synthia_vllm", "cluster", *words],
+        env={**os.environ, "SYNTHIA_DATA": str(data)},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    data = tmp_path_factory.mktemp("cluster") / "data"
+    try:
+        done = run_command(data, "up", "--port", "0", "--replicas", "2", *ENGINE_OPTIONS)
+        found = re.search(r"at (http://\S+)", done.stderr)
+        if done.returncode or not found:
+            raise RuntimeError(f"cluster up: {done.returncode}\n{done.stdout}{done.stderr}")
+        yield RunningCluster(found.group(1), data, done.stderr)
+    finally:
+        run_command(data, "down", "--now", timeout=_DOWN_TIMEOUT_S)
