@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from benchmarks.checked_stream import COMPLETIONS, numbered, run_stream
@@ -106,6 +107,19 @@ async def test_all_dead_then_back(replicas: ReplicaSet) -> None:
         for replica in replicas.up():
             replicas.kill(replica.name)
         assert_whole(await streams)
+        await running.calm()
+
+
+async def test_replies_that_are_not_streamed(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running, httpx.AsyncClient(timeout=120, limits=httpx.Limits()) as client:
+        body = {"model": "null", "prompt": "What is an orca?", "max_tokens": TOKENS}
+        asked = [asyncio.create_task(client.post(f"{running.url}/v1/completions", json=body)) for _ in range(STREAMS)]
+        await running.busy()
+        replicas.kill(running.busiest())
+        for reply in await asyncio.gather(*asked):
+            assert reply.status_code == 200
+            assert reply.json()["choices"][0]["text"] == " word" * TOKENS
+            assert reply.json()["usage"]["completion_tokens"] == TOKENS
         await running.calm()
 
 
