@@ -1,6 +1,7 @@
 # `make serve` and `make test` are all a new machine needs: they install what is missing, once.
 PYTHON ?= python3
 PORT ?= 8000
+REPLICAS ?= 1
 MODEL ?=
 ARGS ?=
 K ?=
@@ -13,7 +14,7 @@ ENGINE ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda || echo c
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: help install serve test e2e lint format bench chaos lock clean
+.PHONY: help install serve cluster test e2e lint format bench chaos lock clean
 
 help: ## Show this
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,6 +23,9 @@ install: $(INSTALLED) ## Install the server into .venv (CUDA if an NVIDIA driver
 
 serve: $(INSTALLED) ## Serve the model: PORT=8000 MODEL=folder-or-id ARGS="more options"
 	@exec $(BIN)/synthia-vllm serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+cluster: $(INSTALLED) ## Serve with several replicas on Ray: REPLICAS=2 PORT=8000 MODEL=folder-or-id ARGS="more options"
+	@exec $(BIN)/synthia-vllm cluster up --replicas $(REPLICAS) --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(INSTALLED_DEV) ## Run all tests, the end-to-end ones included; K=name for some
 	$(BIN)/python -m pytest $(if $(K),-k "$(K)")

@@ -169,7 +169,11 @@ class ClusterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     address: Annotated[
-        str | None, Field(description="a running Ray cluster, HOST:PORT (default: a local Ray, started if need be)")
+        str | None,
+        Field(
+            description="dashboard of a running Ray cluster, HOST:PORT, Ray's own port is 8265 (default: a local Ray, "
+            "started if need be)"
+        ),
     ] = None
     replicas: Annotated[
         NonNegativeInt, Field(description="engine replicas; with max-replicas, those to start with")
@@ -186,7 +190,10 @@ class ClusterSettings(BaseModel):
     gateways: Annotated[PositiveInt, Field(description="gateway replicas")] = 1
     cpus_per_replica: Annotated[
         PositiveFloat | None,
-        Field(description="CPU slots of an engine replica (default: this machine's over replicas)"),
+        Field(
+            description="CPUs that an engine replica takes with Ray, and without a GPU works on (default: hardly any "
+            "with Ray, an even share of its machine)"
+        ),
     ] = None
     pipeline_parallel_size: Annotated[PositiveInt, Field(description="nodes that share the model, layer by layer")] = 1
     surge: Annotated[
@@ -222,6 +229,15 @@ class ClusterSettings(BaseModel):
     drain_s: Annotated[
         PositiveFloat, Field(description="a replica that is to stop gets so long to finish its streams")
     ] = 600.0
+    health_period_s: Annotated[
+        PositiveFloat, Field(description="Serve asks each replica so often whether its engine is alive")
+    ] = 5.0
+    health_timeout_s: Annotated[
+        PositiveFloat, Field(description="a replica that does not answer that for so long, three times, is replaced")
+    ] = 30.0
+    max_requests_per_replica: Annotated[
+        PositiveInt, Field(description="requests that the gateways give a replica at once, on average")
+    ] = 1024
 
 
 class Settings(BaseSettings):

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-pytest_plugins = ["tests.redis_service", "tests.services"]
+pytest_plugins = ["tests.ray_cluster", "tests.redis_service", "tests.services"]
 
 START_TIMEOUT_S = 300
 
