@@ -274,7 +274,8 @@ class ReplicaPool:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError)
             if refused or replica.last_heard <= began:
-                self._out(replica, "died" if refused else "hung")
+                # A connection that breaks, also a canary's, is a death; silence is a hang.
+                self._out(replica, "hung" if isinstance(error, TimeoutError) else "died")
             return
         if not answered:
             if replica.last_heard <= began:
