@@ -47,7 +47,7 @@ from benchmarks.serving import machine
 from synthia_vllm import __version__
 
 TOKENS = (40, 120)  # of a stream, drawn
-_RAMP_S = 10.0
+_OPENED_PER_S = 200
 _SHOWN = 20  # broken streams that the report quotes
 _PROGRESS_S = 5.0
 _STATUS = f"{shlex.quote(sys.executable)} -m synthia_vllm cluster status --json"
@@ -80,7 +80,7 @@ class Load:
                 group.create_task(self._keep_open(number))
 
     async def _keep_open(self, number: int) -> None:
-        await asyncio.sleep(_RAMP_S * number / self.streams)
+        await asyncio.sleep(number / _OPENED_PER_S)
         turn = 0
         while not self.stopped:
             path = CHAT if (number + turn) % 2 else COMPLETIONS
