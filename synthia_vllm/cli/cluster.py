@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -13,6 +14,10 @@ from rich.table import Table
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import LOOPBACK, Settings, load_settings
+
+if TYPE_CHECKING:
+    from synthia_vllm.cluster.local import LocalRay
+    from synthia_vllm.cluster.rest import ServeApi
 
 PROG = "synthia-vllm cluster"
 _SHORT = {"--replicas": "--cluster.replicas", "--address": "--cluster.address", "--gateways": "--cluster.gateways"}
@@ -71,7 +76,7 @@ def up(settings: Settings, vllm_options: list[str], console: Console) -> int:
     """Brings the cluster to these settings and returns the exit code."""
     from synthia_vllm.cluster.config import serve_config
     from synthia_vllm.cluster.progress import wait_until_settled
-    from synthia_vllm.cluster.rest import ServeApi
+    from synthia_vllm.cluster.rest import ServeApi, token_from_environment
     from synthia_vllm.gateway.listener import check_exposure
 
     began = time.monotonic()
@@ -82,7 +87,7 @@ def up(settings: Settings, vllm_options: list[str], console: Console) -> int:
             settings, address, local = _local_ray(settings, vllm_options, console)
         else:
             address, local = settings.cluster.address, None
-        api = ServeApi(address)
+        api = ServeApi(address, local.token if local else token_from_environment())
         _check_running(api, settings)
         api.deploy(serve_config(settings, vllm_options))
         url = wait_until_settled(api, settings, local, console)
@@ -117,13 +122,13 @@ def config_text(settings: Settings, vllm_options: Sequence[str]) -> str:
 
 def status(address: str | None, *, as_json: bool) -> int:
     from synthia_vllm.cluster import local
-    from synthia_vllm.cluster.rest import ServeApi, applications, healthy
+    from synthia_vllm.cluster.rest import applications, healthy
 
     ray = local.find() if address is None else None
     if address is None and ray is None:
         click.echo("{}" if as_json else f"No cluster runs here. Start one: {PROG} up", err=not as_json)
         return 2
-    details = ServeApi(address or ray.dashboard).details()  # type: ignore[union-attr]
+    details = _api(address, ray).details()
     found = applications(details)
     whole = healthy(found)
     if as_json:
@@ -151,7 +156,6 @@ def status(address: str | None, *, as_json: bool) -> int:
 
 def down(address: str | None, *, now: bool) -> None:
     from synthia_vllm.cluster import local
-    from synthia_vllm.cluster.rest import ServeApi
 
     ray = local.find() if address is None else None
     if address is None and ray is None:
@@ -161,7 +165,7 @@ def down(address: str | None, *, now: bool) -> None:
     try:
         if not now or ray is None:
             with console.status("running requests finish"):
-                ServeApi(address or ray.dashboard).delete()  # type: ignore[union-attr]
+                _api(address, ray).delete()
     except SetupError as error:
         if ray is None:
             raise
@@ -189,7 +193,7 @@ def ready_text(settings: Settings, url: str, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _local_ray(settings: Settings, vllm_options: list[str], console: Console) -> "tuple[Settings, str, object]":
+def _local_ray(settings: Settings, vllm_options: list[str], console: Console) -> "tuple[Settings, str, LocalRay]":
     """The Ray on this machine, started now if none of ours runs; and the settings with the port that it has."""
     from synthia_vllm.cluster import local
     from synthia_vllm.cluster.config import check_agreement, ray_environment, secrets_of
@@ -226,11 +230,8 @@ def _local_ray(settings: Settings, vllm_options: list[str], console: Console) ->
     return settings, ray.dashboard, ray
 
 
-def _check_same(settings: Settings, ray: object, environment: dict[str, str], digest: str) -> None:
+def _check_same(settings: Settings, ray: "LocalRay", environment: dict[str, str], digest: str) -> None:
     """Raises SetupError for what a running Ray can't change any more."""
-    from synthia_vllm.cluster.local import LocalRay
-
-    assert isinstance(ray, LocalRay)
     cure = f"run `{PROG} down` first"
     if settings.port not in (0, ray.port, type(settings).model_fields["port"].default):
         raise SetupError(f"--port {settings.port}: the cluster that runs answers at port {ray.port}; {cure}")
@@ -246,11 +247,8 @@ def _check_same(settings: Settings, ray: object, environment: dict[str, str], di
         )
 
 
-def _check_running(api: "object", settings: Settings) -> None:
+def _check_running(api: "ServeApi", settings: Settings) -> None:
     """Raises SetupError where Serve already listens elsewhere: it can't be moved."""
-    from synthia_vllm.cluster.rest import ServeApi
-
-    assert isinstance(api, ServeApi)
     options = api.details().get("http_options") or {}
     for name in ("host", "port"):
         if options and options.get(name) != getattr(settings, name):
@@ -259,6 +257,15 @@ def _check_running(api: "object", settings: Settings) -> None:
                 f"{options.get('port')} there and can't be moved; give that, or first "
                 f"run `{PROG} down{_address(settings)}`"
             )
+
+
+def _api(address: str | None, ray: "LocalRay | None") -> "ServeApi":
+    from synthia_vllm.cluster.rest import ServeApi, token_from_environment
+
+    if address is None:
+        assert ray is not None
+        return ServeApi(ray.dashboard, ray.token)
+    return ServeApi(address, token_from_environment())
 
 
 def _with_model(settings: Settings) -> Settings:

@@ -210,7 +210,7 @@ def _engine_options(cluster: ClusterSettings) -> dict[str, Any]:
             "policy_kwargs": {"target_load": cluster.target_load},
         },
     }
-    return {"autoscaling_config": scaling, **options}
+    return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
 
 
 def _gateway_options(cluster: ClusterSettings) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def llm_config(
         engine_kwargs=kwargs,
         accelerator_config={"kind": "gpu" if machine.gpus else "cpu"},
         placement_group_config={"bundles": [bundle] * devices},
-        deployment_config={"ray_actor_options": {"num_cpus": 0}},
+        # A number, else `ray.serve.llm` scales by a policy of its own; how many is in the Serve config.
+        deployment_config={"num_replicas": 1, "ray_actor_options": {"num_cpus": 0}},
         runtime_env={"env_vars": plan.environment},
         log_engine_metrics=False,  # vLLM's own series on each replica's /metrics, not renamed copies at Ray's agents
         server_cls=Engine,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ray import serve
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from synthia_vllm.cluster.config import ENGINE, ENGINE_ROUTE, GATEWAY_DEPLOYMENT
 from synthia_vllm.cluster.discovery import ServeDiscovery
@@ -65,7 +65,15 @@ class ClusterGateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
-        return await self._app(scope, receive, send)
+
+        async def send_once(message: Message) -> None:
+            # Serve's server puts the request's id into the reply, and so do we: the same id, but two headers.
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        return await self._app(scope, receive, send_once)
 
     async def start(self) -> None:
         settings = self._settings

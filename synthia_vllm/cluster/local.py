@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from secrets import token_hex
 
 import psutil
 
@@ -44,6 +45,12 @@ class LocalRay:
     secrets: str  # a hash
     processes: dict[str, float]  # pid: created
 
+    @property
+    def token(self) -> str | None:
+        """What Ray asks for, of whoever speaks to one of its ports."""
+        path = _token_file(Path(self.folder))
+        return path.read_text() if path.exists() else None
+
     def alive(self) -> bool:
         return bool(_still(self.processes))
 
@@ -63,18 +70,22 @@ def find() -> LocalRay | None:
 def start(environment: Mapping[str, str], secrets: Mapping[str, str], secrets_hash: str, port: int) -> LocalRay:
     """Starts it; takes a few seconds. Raises SetupError with Ray's own words."""
     folder = Path(tempfile.mkdtemp(prefix="synthia-ray-", dir=_SHORT_FOLDER))
-    ports = free_ports(7)
+    ports = free_ports(8)
     # As on macOS: a Ray of one machine, on its loopback address.
+    _token_file(folder).write_text(token_hex(32))  # the folder is ours alone
     given = {
         _MARK: str(folder),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Serve's replicas listen on all interfaces for one another, and unpickle what comes from there.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(_token_file(folder)),
         **environment,
-        **_haproxy_environment(folder / "h", ports[3:]),
+        **_haproxy_environment(folder / "h", ports[4:]),
     }
     inherited = {key: value for key, value in os.environ.items() if _inherited(key)}
     words = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
-        *(f"--port={ports[0]}", "--ray-client-server-port=0", f"--dashboard-port={ports[1]}"),
+        *(f"--port={ports[0]}", f"--ray-client-server-port={ports[3]}", f"--dashboard-port={ports[1]}"),
         *(f"--dashboard-host={_HOST}", f"--dashboard-agent-listen-port={ports[2]}"),
         # The system chooses; Ray's fixed range may be another Ray's.
         *("--min-worker-port=0", "--max-worker-port=0"),
@@ -103,7 +114,7 @@ def start(environment: Mapping[str, str], secrets: Mapping[str, str], secrets_ha
     )
     if failed:
         stop(ray)
-        raise SetupError(f"Ray did not start: {output.strip()[-2000:]}")
+        raise SetupError(f"Ray did not start: {_last_line(output)}")
     _state_file().write_text(json.dumps(asdict(ray)))
     return ray
 
@@ -157,12 +168,22 @@ def _haproxy_environment(folder: Path, ports: Iterable[int]) -> dict[str, str]:
     }
 
 
+def _token_file(folder: Path) -> Path:
+    return folder / "token"
+
+
 def _inherited(variable: str) -> bool:
     return variable in _KEPT or not variable.startswith(("SYNTHIA_", "RAY_"))
 
 
 def _state_file() -> Path:
     return data_folder() / "cluster.json"
+
+
+def _last_line(output: str) -> str:
+    """What a traceback ends with."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
 
 
 def _still(processes: Mapping[str, float]) -> list[psutil.Process]:

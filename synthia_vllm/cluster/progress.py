@@ -20,12 +20,11 @@ _SETTLED_POLLS = 2  # Serve takes a moment to show that it has begun with a new 
 _STATES = {"STARTING": "starting", "STOPPING": "finishing its requests", "PENDING_MIGRATION": "moving"}
 
 
-def wait_until_settled(api: ServeApi, settings: Settings, local: object, console: Console) -> str:
+def wait_until_settled(api: ServeApi, settings: Settings, local: LocalRay | None, console: Console) -> str:
     """Shows the replicas until all is as asked for and the gateway answers; returns its URL.
 
     On a terminal one live line a replica, elsewhere one line a change. Raises SetupError where Serve gives up.
     """
-    assert local is None or isinstance(local, LocalRay)
     url = _url(api, settings)
     view = _View(console, local)
     settled = 0

@@ -3,8 +3,10 @@
 Spoken over HTTP here, without Ray: a laptop without Ray can look after a cluster, and commands start in no time.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,14 @@ from synthia_vllm.errors import SetupError
 
 _APPLICATIONS = "/api/serve/applications/"
 _TIMEOUT_S = 60.0  # the first deployment starts Serve's controller
+
+
+def token_from_environment() -> str | None:
+    """The token of a Ray that asks for one, where Ray's own commands look for it (RAY_AUTH_MODE=token)."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    return path.read_text().strip() if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -51,9 +61,10 @@ class ApplicationStatus:
 class ServeApi:
     """Serve behind the dashboard at `address`. Raises SetupError where it can't be reached or refuses."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, token: str | None = None) -> None:
         self.address = address if "://" in address else f"http://{address}"
-        self._http = httpx.Client(base_url=self.address, timeout=_TIMEOUT_S)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.Client(base_url=self.address, timeout=_TIMEOUT_S, headers=headers)
 
     def deploy(self, config: Mapping[str, Any]) -> None:
         self._ask("PUT", config)

@@ -5,6 +5,7 @@ which replicas of an application run and where; it offers nobody else that. And 
 components in the GCS, which is alive as long as the cluster is.
 """
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,8 @@ async def next_target_groups(seen: int) -> tuple[int, list[Any]] | None:
 
     Of all applications; -1 gets the list at once. Raises what Ray raises while the controller is away.
     """
-    controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    # In a thread: it asks the GCS, and waits where that is away.
+    controller = await asyncio.to_thread(ray.get_actor, SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
     changes = await controller.listen_for_change.remote({LongPollNamespace.TARGET_GROUPS: seen})
     if changes == LongPollState.TIME_OUT or not changes:
         return None

@@ -56,7 +56,7 @@ def test_no_secret_is_written_down() -> None:
 
 def test_scaling_has_its_policy_and_its_bounds() -> None:
     options = engine_of(serve_config(settings(replicas=2, max_replicas=5, target_load=0.5)))["deployments"][0]
-    assert "num_replicas" not in options
+    assert options["num_replicas"] == "auto"
     assert options["autoscaling_config"]["initial_replicas"] == 2
     assert options["autoscaling_config"]["policy"]["policy_kwargs"] == {"target_load": 0.5}
 
