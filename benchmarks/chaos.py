@@ -48,6 +48,7 @@ from synthia_vllm import __version__
 
 TOKENS = (40, 120)  # of a stream, drawn
 _OPENED_PER_S = 200
+_LAST_S = 60.0  # beyond three times its length, for what should end
 _SHOWN = 20  # broken streams that the report quotes
 _PROGRESS_S = 5.0
 _STATUS = f"{shlex.quote(sys.executable)} -m synthia_vllm cluster status --json"
@@ -181,7 +182,7 @@ def null(
         url = f"http://127.0.0.1:{port}"
         load = Load(url, streams, ids=not resume)
         before, began = _cpu_s(gateway), time.monotonic()
-        kills = uvloop.run(_kill_under(load, engines, seconds, every, say))
+        kills = uvloop.run(_kill_under(load, engines, seconds, every, tokens_per_second, say))
         share = round((_cpu_s(gateway) - before) / (time.monotonic() - began), 2)
         wrong = sum(len(engines.fault(name)["wrong_resumes"]) for name in engines.listing())
         told = resumes(url)
@@ -191,7 +192,7 @@ def null(
 
 
 async def _kill_under(
-    load: Load, engines: ReplicaSet, seconds: float, every: float, say: Callable[[str], None]
+    load: Load, engines: ReplicaSet, seconds: float, every: float, tokens_per_second: float, say: Callable[[str], None]
 ) -> list[Kill]:
     loop = asyncio.get_running_loop()
     running = asyncio.create_task(load.run())
@@ -211,6 +212,9 @@ async def _kill_under(
             await asyncio.to_thread(_restarted, engines)
         load.stopped = True
         say(f"no more kills: {len(load.open)} streams go to their ends")
+        await asyncio.wait((running,), timeout=_LAST_S + 3 * TOKENS[1] / tokens_per_second)
+        for stream in list(load.open):
+            stream.fail("it did not end")
         await running
     finally:
         running.cancel()

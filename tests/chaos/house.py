@@ -66,7 +66,8 @@ class House:
             wanted.append(numbered(path, f"{number}: what is an orca?", lately, ignore_eos=True, **more | options))
 
         async def all_of_them() -> list[CheckedStream]:
-            return list(await asyncio.gather(*(run_stream(self.url, one) for one in wanted)))
+            async with asyncio.timeout(3 * BOUND_S):
+                return list(await asyncio.gather(*(run_stream(self.url, one) for one in wanted)))
 
         return asyncio.create_task(all_of_them())
 
