@@ -23,6 +23,8 @@ ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT = "Engine:synthia", "GatewayReplica"
 # Of the settings, what an engine replica is made from.
 _ENGINE_GROUPS = ("model", "prompt", "engine")
 _ENGINE_CLUSTER_FIELDS = ("pipeline_parallel_size", "cpus_per_replica", "max_generation_s")
+_NOT_OF_GATEWAYS = ("address", "replicas", "min_replicas", "max_replicas", "surge", "cpus_per_replica")
+_ENGINE_FIELDS_OF_GATEWAYS = ("max_model_len", "dtype")  # how long prompts may be
 # Given to Ray's nodes in their environment, never written into a config: Serve shows those to everyone who asks.
 SECRETS = {
     "SYNTHIA_ACCESS__SECRET": ("access", "secret"),
@@ -84,6 +86,8 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"leastconn\n    timeout http-request {math.ceil(timeouts.headers)}s",
         # An old HAProxy process lives on for its streams after each reload, at most so long.
         _HARD_STOP: str(math.ceil(max(cluster.drain_s, cluster.max_generation_s)) + _MARGIN_S),
+        # Three times without HAProxy, and it is started again; at Ray's 10 s nobody would be served for half a minute.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTRATION_S),
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a process that takes no GPU may still look at them
@@ -170,9 +174,9 @@ def _gateway_settings(settings: Settings) -> dict[str, Any]:
     dumped = _dump(settings)
     for name in ("port", "log_file", "drain_timeout"):
         dumped.pop(name, None)
-    served_elsewhere = {"address", "replicas", "min_replicas", "max_replicas", "surge"}
-    cluster = {key: value for key, value in dumped.pop("cluster", {}).items() if key not in served_elsewhere}
-    return dumped | ({"cluster": cluster} if cluster else {})
+    cluster = {key: value for key, value in dumped.pop("cluster", {}).items() if key not in _NOT_OF_GATEWAYS}
+    engine = {key: value for key, value in dumped.pop("engine", {}).items() if key in _ENGINE_FIELDS_OF_GATEWAYS}
+    return dumped | ({"cluster": cluster} if cluster else {}) | ({"engine": engine} if engine else {})
 
 
 def _dump(settings: Settings) -> dict[str, Any]:

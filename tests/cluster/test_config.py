@@ -19,6 +19,10 @@ def engine_of(config: dict[str, Any]) -> dict[str, Any]:
     return next(app for app in config["applications"] if app["name"] == "engine")
 
 
+def gateway_of(config: dict[str, Any]) -> dict[str, Any]:
+    return next(app for app in config["applications"] if app["name"] == "gateway")
+
+
 def test_serve_accepts_the_config_as_it_is() -> None:
     from ray.serve.schema import ServeDeploySchema
 
@@ -39,6 +43,7 @@ def test_an_option_of_the_engine_is_a_rollout_of_the_engine_only() -> None:
         settings().model_copy(update={"engine": settings().engine.model_copy(update={"compile": True})})
     )
     assert engine_of(before)["args"] != engine_of(after)["args"]
+    assert gateway_of(before) == gateway_of(after)
     routing = serve_config(settings(routing="round_robin"))
     assert engine_of(before)["args"] == engine_of(routing)["args"]
 
