@@ -68,7 +68,14 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
         tokens, requests = settings.fair.max_in_flight_tokens, settings.fair.max_in_flight_requests
         found = await upstream.capacity() if tokens is None else None
         capacity = Capacity(tokens or found, requests)
-        stack = Gateway(upstream, settings, capacity=capacity, count=_counter(settings.tokenizer))
+        stack = Gateway(
+            upstream,
+            settings,
+            capacity=capacity,
+            count=_counter(settings.tokenizer),
+            replicas=upstream,
+            replica_headers=upstream.own_headers(),
+        )
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:

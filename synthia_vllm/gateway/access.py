@@ -11,15 +11,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from synthia_vllm.errors import Forbidden, NotFound, RequestError, Unauthorized
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.call import Call, Outcome, attach
+from synthia_vllm.gateway.delivery import Delivery, Metering
 from synthia_vllm.gateway.demand import Demand
 from synthia_vllm.gateway.intake import DEFAULT_MAX_BODY_BYTES, decode_object, read_body, replay
-from synthia_vllm.gateway.replies import send_error
+from synthia_vllm.gateway.replies import header, send_error
 from synthia_vllm.gateway.routes import ADMIN_PREFIX
 
 # Told without a key: probes have none.
 _PUBLIC = ("/health", "/ready")
 # Tells of all users: the operator's.
-_OPERATORS = ("/metrics",)
+_OPERATORS = ("/metrics", "/sd")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _WANTED_HEADERS = (b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s")
 
@@ -41,6 +42,7 @@ class Access:
         keys_required: bool,
         on_end: Callable[[Call], None],
         demand: Demand | None = None,
+        metering: Metering | None = None,
         admin: ASGIApp | None = None,
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         body_timeout: float | None = None,
@@ -50,6 +52,7 @@ class Access:
         self.keys_required = keys_required
         self.on_end = on_end
         self.demand = demand or Demand()
+        self.metering = metering
         self.admin = admin
         self.max_body_bytes = max_body_bytes
         self.body_timeout = body_timeout
@@ -60,6 +63,8 @@ class Access:
             return await self.app(scope, receive, send)
         headers = {name: value for name, value in reversed(scope["headers"]) if name in _WANTED_HEADERS}
         call = _new_call(scope["path"], headers.get(b"x-request-id", b""))
+        if self.metering is not None:
+            self.metering.open(call)
         reply = RecordedReply(call, send)
         self.open[call.id] = call
         failed = stopped = False
@@ -104,7 +109,7 @@ class Access:
                 raise Unauthorized
             if account.admin != (call.route in _OPERATORS):
                 raise Forbidden(
-                    "an admin key opens /admin and /metrics only; use a user's key"
+                    "an admin key opens /admin, /metrics and /sd only; use a user's key"
                     if account.admin
                     else "this needs an admin key: `synthia-vllm keys create --admin`"
                 )
@@ -136,17 +141,22 @@ class RecordedReply:
         self.ended = False
         self._call = call
         self._send = send
+        self._delivery: Delivery | None = None  # of a stream
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
             self._call.status = message["status"]
+            if header(message, b"content-type").startswith(b"text/event-stream"):
+                self._delivery = self._call.delivery
             headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
             headers.append((b"x-request-id", self._call.request_id.encode()))
             message = {**message, "headers": headers}
         elif not message.get("more_body", False):
             self.ended = True
         await self._send(message)
+        if self._delivery is not None:
+            self._delivery.sent(message.get("body", b""))
 
 
 def with_request_id(scope: Scope, call: Call) -> Scope:

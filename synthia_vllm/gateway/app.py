@@ -1,6 +1,7 @@
 """The stack: what every request passes on its way to an engine, and what is kept running beside it."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -11,6 +12,7 @@ from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.admin import build_admin
 from synthia_vllm.gateway.call import Call
 from synthia_vllm.gateway.contract import Contract
+from synthia_vllm.gateway.delivery import Metering
 from synthia_vllm.gateway.demand import Demand, TokenCounter, estimate_tokens
 from synthia_vllm.gateway.fair.layer import FairQueue
 from synthia_vllm.gateway.fair.room import Capacity
@@ -27,7 +29,11 @@ from synthia_vllm.gateway.store.key_cache import KeyCache
 from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.usage import spent_tokens
+from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
+from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.limits import SHARED_UP
+from synthia_vllm.metrics.recorder import Recorder, Waiting
+from synthia_vllm.metrics.replicas import ReplicaSource
 from synthia_vllm.settings import LOOPBACK, Settings
 
 
@@ -70,6 +76,8 @@ class Gateway:
         capacity: Capacity | None = None,
         count: TokenCounter = estimate_tokens,
         context: int | None = None,
+        replicas: ReplicaSource | None = None,
+        replica_headers: Mapping[str, str] | None = None,
     ) -> None:
         database = open_database(settings.access.database)
         self.keys = KeyStore(database, load_secret(settings))
@@ -92,6 +100,14 @@ class Gateway:
         )
         self._database = database
         self._log = RequestLog(settings.log)
+        recorder = Recorder(settings.metrics, settings.slo)
+        self._metering = Metering(recorder, prompt_cost=fair.prompt_cost, generated_cost=fair.generated_cost)
+        self.exporter = Exporter(
+            recorder,
+            lambda: Waiting(self.scheduler.running, self.scheduler.waiting()),
+            fleet=Fleet(replicas, headers=replica_headers) if replicas is not None else None,
+            wait=settings.metrics.replica_wait_s,
+        )
         app: ASGIApp = Meter(upstream)
         app = FairQueue(
             app,
@@ -102,12 +118,14 @@ class Gateway:
         )
         app = Limits(app, limiter=self.limiter, defaults=self.default_limits)
         app = Contract(app, role_markers=settings.prompt.role_markers)
+        app = MetricsRoutes(app, self.exporter)
         self.access = Access(
             app,
             lookup=self.key_cache.lookup,
             keys_required=keys_required(settings),
             on_end=self._ended,
             demand=Demand(count, context),
+            metering=self._metering,
             admin=build_admin(self),
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
@@ -116,12 +134,14 @@ class Gateway:
 
     async def __aenter__(self) -> "Gateway":
         self._tasks = [asyncio.create_task(self.key_cache.watch()), asyncio.create_task(self.ledger.run())]
+        await self.exporter.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.exporter.__aexit__()
         await self.limiter.close()
         await asyncio.to_thread(self.ledger.close)
         self.key_cache.close()
@@ -144,6 +164,7 @@ class Gateway:
     def _ended(self, call: Call) -> None:
         if call.max_generated:
             self.ledger.add(call)
+        self._metering.close(call)
         self._log.write(call)
 
 

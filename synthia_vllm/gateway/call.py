@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter, time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from starlette.types import Scope
 
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
+
+if TYPE_CHECKING:
+    from synthia_vllm.gateway.delivery import Delivery
 
 _SCOPE_KEY = "synthia.call"
 
@@ -48,6 +51,10 @@ class Call:
     outcome: Outcome = "stopped"
     reason: str = ""  # of a rejection or failure, one word: what metrics and logs name it
     on_tokens: Callable[[int], None] | None = None  # called with each number of newly generated tokens
+    prompt_counted: bool = False  # `prompt_tokens` is the engine's own count
+    replica: str = ""  # that answers it, in a cluster
+    resumes: int = 0
+    delivery: "Delivery | None" = None  # what the client gets, and when
 
     def encode(self) -> bytes:
         """The body for upstream: the client's own bytes unless a layer changed the request."""

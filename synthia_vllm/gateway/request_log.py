@@ -9,7 +9,7 @@ import structlog
 from synthia_vllm.gateway.call import Call
 from synthia_vllm.settings import LogSettings
 
-_QUIET = ("/health", "/ready", "/metrics")  # asked by machines, all the time
+_QUIET = ("/health", "/ready", "/metrics", "/sd")  # asked by machines, all the time
 
 
 def configure_logging(settings: LogSettings) -> None:

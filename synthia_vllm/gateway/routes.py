@@ -19,6 +19,7 @@ ROUTES = {
     "/v1/models": "GET",
     "/health": "GET",
     "/metrics": "GET",
+    "/sd": "GET",
 }
 ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
 _MODEL_PREFIX = "/v1/models/"

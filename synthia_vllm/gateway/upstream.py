@@ -10,12 +10,13 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 import structlog
-from prometheus_client import make_asgi_app
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message, Receive, Scope, Send
 
 from synthia_vllm.errors import SetupError, UpstreamLost, UpstreamTimeout
+from synthia_vllm.gateway.call import call_of
 from synthia_vllm.gateway.replies import send_json
+from synthia_vllm.metrics.replicas import ReplicaView
 
 _RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
 _KEEP_ALIVE_S = 4.0  # less than vLLM's 5, so that no request meets a connection that is being closed
@@ -35,6 +36,7 @@ _log = structlog.get_logger(__name__)
 @dataclass(slots=True, eq=False)
 class _Target:
     url: str
+    name: str  # in metrics: host, port and path
     in_flight: int = 0
     resting_until: float = 0.0
 
@@ -59,11 +61,10 @@ class HttpUpstream:
         for url in urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
                 raise SetupError(f"--upstream {url}: a URL like http://127.0.0.1:8001")
-        self._targets = [_Target(url.rstrip("/")) for url in urls]
+        self._targets = [_Target(url.rstrip("/"), _name(url)) for url in urls]
         self._key = key  # that the engines themselves ask for; a client's key never goes on
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
         self._session: aiohttp.ClientSession | None = None
-        self._metrics = make_asgi_app()  # our own; the engines' are scraped where they are
 
     async def __aenter__(self) -> "HttpUpstream":
         self._session = aiohttp.ClientSession(
@@ -86,9 +87,6 @@ class HttpUpstream:
             return await _lifespan(receive, send)
         if scope["path"] == "/health":
             return await send_json(200, {}, send)
-        if scope["path"] == "/metrics":
-            await self._metrics(scope, receive, send)
-            return None
         body = await _whole_body(receive)
         if body is None:
             return None
@@ -111,7 +109,7 @@ class HttpUpstream:
         for target in self._targets:
             try:
                 timeout = aiohttp.ClientTimeout(_CAPACITY_TIMEOUT_S)
-                headers = self._own_headers()
+                headers = self.own_headers()
                 async with self._session.get(f"{target.url}/metrics", headers=headers, timeout=timeout) as reply:
                     text = await reply.text()
                 tokens = _cache_tokens(text)
@@ -122,9 +120,25 @@ class HttpUpstream:
             total += tokens
         return total
 
+    def replicas(self) -> list[ReplicaView]:
+        """The engines as replicas: `out` while one rests that refused a connection."""
+        now = time.monotonic()
+        return [
+            ReplicaView(target.name, target.url, "out" if target.resting_until > now else "up", target.in_flight)
+            for target in self._targets
+        ]
+
+    def own_headers(self) -> dict[str, str]:
+        """What every question to an engine has."""
+        plain = {"Accept-Encoding": "identity"}  # the layers read the reply
+        return plain if self._key is None else {**plain, "Authorization": f"Bearer {self._key}"}
+
     async def _pass(self, scope: Scope, body: bytes, send: Send) -> None:
+        call = call_of(scope)
         for target in self._by_load():
             target.in_flight += 1
+            if call is not None:
+                call.replica = target.name
             try:
                 return await self._ask(target, scope, body, send)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -143,7 +157,7 @@ class HttpUpstream:
         assert self._session is not None
         passed = [pair for pair in _passed(scope["headers"]) if pair[0] not in _CLIENTS_OWN]
         headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in passed]
-        headers += self._own_headers().items()
+        headers += self.own_headers().items()
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope.get("query_string") else "")
         started = streaming = False
         try:
@@ -166,15 +180,16 @@ class HttpUpstream:
         except aiohttp.ClientError as error:
             await self._broken(UpstreamLost(f"the engine broke off: {error}"), started, streaming, send)
 
-    def _own_headers(self) -> dict[str, str]:
-        plain = {"Accept-Encoding": "identity"}  # the layers read the reply
-        return plain if self._key is None else {**plain, "Authorization": f"Bearer {self._key}"}
-
     async def _broken(self, error: UpstreamLost, started: bool, streaming: bool, send: Send) -> None:
         if started and streaming:
             event = b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         raise error
+
+
+def _name(url: str) -> str:
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")  # a password in it is not for all to see
 
 
 def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
