@@ -38,7 +38,10 @@ class NullEngine:
         break_after: int | None = None,
     ) -> None:
         self.running = 0
+        self.waiting = 0
         self.aborted = 0
+        self.prompt_tokens = 0
+        self.generated = 0
         self.order: list[str] = []  # first words of the prompts, as they were begun
         self._gap = 1 / tokens_per_second if tokens_per_second else 0.0
         self._prefill_s = prefill_s
@@ -62,15 +65,21 @@ class NullEngine:
             return await _answer(send, 404, b"{}")
         request = msgspec.json.decode(await _body(receive))
         gone = asyncio.ensure_future(_left(receive))
+        begun = False
+        self.waiting += 1
         try:
             async with self._slots:
+                begun = True
+                self.waiting -= 1
                 await self._generate(_Reply(request, chat, next(self._ids), self._text), gone, send)
         finally:
+            self.waiting -= not begun
             gone.cancel()
         return None
 
     async def _generate(self, reply: "_Reply", gone: asyncio.Future[None], send: Send) -> None:
         self.running += 1
+        self.prompt_tokens += reply.prompt
         try:
             waits = self._prefill_s + (0.0 if reply.stream else self._gap * reply.tokens)
             if waits:
@@ -80,6 +89,7 @@ class NullEngine:
             elif reply.stream:
                 await self._stream(reply, gone, send)
             else:
+                self.generated += reply.tokens * reply.choices
                 await _answer(send, 200, reply.whole())
         finally:
             self.running -= 1
@@ -100,17 +110,25 @@ class NullEngine:
                 return
             if number == self._break_after:
                 raise ConnectionResetError("a fault, as ordered")
+            self.generated += reply.choices
             for index in range(reply.choices):
                 await send({"type": "http.response.body", "body": chunk(number, index), "more_body": True})
         await send({"type": "http.response.body", "body": reply.last(), "more_body": False})
 
     def _metrics(self) -> str:
-        labels = f'block_size="{_BLOCK}",num_gpu_blocks="{_KV_BLOCKS}"'
-        return (
-            "# TYPE vllm:cache_config_info gauge\n"
-            f"vllm:cache_config_info{{{labels}}} 1.0\n"
-            "# TYPE vllm:num_requests_running gauge\n"
-            f"vllm:num_requests_running {self.running}\n"
+        labels = 'engine="0",model_name="null"'
+        series = (
+            ("cache_config_info", "gauge", f'block_size="{_BLOCK}",engine="0",num_gpu_blocks="{_KV_BLOCKS}"', 1.0),
+            ("num_requests_running", "gauge", labels, float(self.running)),
+            ("num_requests_waiting", "gauge", labels, float(self.waiting)),
+            ("kv_cache_usage_perc", "gauge", labels, self.running / 1000),
+            ("num_preemptions_total", "counter", labels, 0.0),
+            ("prompt_tokens_total", "counter", labels, float(self.prompt_tokens)),
+            ("generation_tokens_total", "counter", labels, float(self.generated)),
+        )
+        return "".join(
+            f"# HELP vllm:{name} As vLLM names it.\n# TYPE vllm:{name} {kind}\nvllm:{name}{{{labels}}} {value}\n"
+            for name, kind, labels, value in series
         )
 
 
@@ -124,7 +142,7 @@ class _Reply:
         self.choices: int = request.get("n") or 1
         self._chat = chat
         self._text = text
-        self._prompt = max(1, len(str(request.get("messages", request.get("prompt")))) // 4)
+        self.prompt = max(1, len(str(request.get("messages", request.get("prompt")))) // 4)
         options = request.get("stream_options") or {}
         self._usage = bool(options.get("include_usage"))
         self._continuous = self._usage and bool(options.get("continuous_usage_stats"))
@@ -159,7 +177,7 @@ class _Reply:
             return self._event({**self._events_head, "choices": [choice]}, number)
         if not self._continuous:
             return b"data: %b}\n\n" % self._bodies[index]
-        prompt = self._prompt
+        prompt = self.prompt
         return b'data: %b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}}\n\n' % (
             self._bodies[index],
             prompt,
@@ -188,7 +206,7 @@ class _Reply:
         return b"data: " + msgspec.json.encode(chunk | (tail or {})) + b"\n\n"
 
     def _count(self, number: int) -> dict[str, Any]:
-        prompt = self._prompt
+        prompt = self.prompt
         return {"prompt_tokens": prompt, "total_tokens": prompt + number, "completion_tokens": number}
 
 

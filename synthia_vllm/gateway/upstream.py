@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from synthia_vllm.errors import SetupError, UpstreamLost, UpstreamTimeout
 from synthia_vllm.gateway.call import call_of
 from synthia_vllm.gateway.replies import send_json
-from synthia_vllm.metrics.replicas import ReplicaView
+from synthia_vllm.metrics.replicas import ReplicaView, engine_name
 
 _RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
 _KEEP_ALIVE_S = 4.0  # less than vLLM's 5, so that no request meets a connection that is being closed
@@ -61,7 +61,7 @@ class HttpUpstream:
         for url in urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
                 raise SetupError(f"--upstream {url}: a URL like http://127.0.0.1:8001")
-        self._targets = [_Target(url.rstrip("/"), _name(url)) for url in urls]
+        self._targets = [_Target(url.rstrip("/"), engine_name(url)) for url in urls]
         self._key = key  # that the engines themselves ask for; a client's key never goes on
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
         self._session: aiohttp.ClientSession | None = None
@@ -185,11 +185,6 @@ class HttpUpstream:
             event = b"data: " + msgspec.json.encode(error.body()) + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         raise error
-
-
-def _name(url: str) -> str:
-    parts = urlsplit(url)
-    return parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")  # a password in it is not for all to see
 
 
 def _passed(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Counts
-from synthia_vllm.metrics.exposition import OPENMETRICS, TEXT, Exposition, read_page, sample_lines, wants_openmetrics
+from synthia_vllm.metrics.exposition import OPENMETRICS, TEXT, Exposition, read_page, sample_lines
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.history import STEP_S, History
 from synthia_vllm.metrics.live import live_view
@@ -19,11 +19,9 @@ from synthia_vllm.metrics.local import LocalEngine
 from synthia_vllm.metrics.rates import TICK_S
 from synthia_vllm.metrics.recorder import Recorder, Waiting
 
-PATHS = ("/metrics", "/sd")
-
 
 class Exporter:
-    """What a gateway's recorder, its process and its replicas tell, as one page. An ASGI app for PATHS.
+    """What a gateway's recorder, its process and its replicas tell, as one page.
 
     Without a fleet the engine is in this process and tells in prometheus_client's registry. `async with` keeps the
     window of tokens a second and the history of the live view going.
@@ -57,13 +55,6 @@ class Exporter:
             await asyncio.gather(self._task, return_exceptions=True)
         if self.fleet is not None:
             await self.fleet.close()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == "/sd":
-            return await _answer(send, b"application/json", msgspec.json.encode(self.targets()))
-        accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
-        openmetrics = wants_openmetrics(accept)
-        return await _answer(send, OPENMETRICS if openmetrics else TEXT, await self.page(openmetrics))
 
     async def page(self, openmetrics: bool = False) -> bytes:
         """All series. Waits for the replicas, as long as was said at most; gives way to streams in between."""
@@ -104,17 +95,33 @@ class Exporter:
             self.history.step(sum(waiting.in_flight.values()), sum(waiting.queued.values()))
 
 
-class MetricsRoutes:
-    """Answers the exporter's paths, and passes all else on. A pure ASGI layer."""
+class Source(Protocol):
+    """Whatever can be exported: a gateway (Exporter), or engines that stand alone (Sidecar)."""
 
-    def __init__(self, app: ASGIApp, exporter: Exporter) -> None:
+    async def page(self, openmetrics: bool = False) -> bytes: ...
+
+    def targets(self) -> list[dict[str, Any]]: ...
+
+
+class MetricsRoutes:
+    """Answers `/metrics` (in OpenMetrics with exemplars to who asks for it) and `/sd`, and passes all else on.
+
+    A pure ASGI layer.
+    """
+
+    def __init__(self, app: ASGIApp, source: Source) -> None:
         self.app = app
-        self.exporter = exporter
+        self.source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in PATHS:
-            return await self.exporter(scope, receive, send)
-        return await self.app(scope, receive, send)
+        if scope["type"] != "http" or scope["path"] not in ("/metrics", "/sd"):
+            return await self.app(scope, receive, send)
+        if scope["path"] == "/sd":
+            return await _answer(send, b"application/json", msgspec.json.encode(self.source.targets()))
+        openmetrics = any(
+            b"application/openmetrics-text" in value for name, value in scope["headers"] if name == b"accept"
+        )
+        return await _answer(send, OPENMETRICS if openmetrics else TEXT, await self.source.page(openmetrics))
 
 
 def _local_replica() -> tuple[Counts, Counts]:

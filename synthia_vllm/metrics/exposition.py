@@ -91,7 +91,7 @@ class Exposition:
     async def add_blocks(self, blocks: Iterable[tuple[Block, str]]) -> None:
         """Families read elsewhere, each with its sample lines."""
         for block, lines in blocks:
-            pieces = self._pieces(block.name, block.kind, block.help)
+            pieces = self._pieces(block.name, block.kind, block.help) if lines else None
             if pieces is not None:
                 pieces.append(lines)
             await self._breathe()
@@ -121,11 +121,6 @@ class Exposition:
         if self._since_yield >= _PIECES_A_TURN:
             self._since_yield = 0
             await asyncio.sleep(0)
-
-
-def wants_openmetrics(accept: bytes) -> bool:
-    """Whether an Accept header prefers OpenMetrics, as Prometheus' own does."""
-    return b"application/openmetrics-text" in accept
 
 
 def sample_lines(samples: dict[str, str], label: str = "") -> str:

@@ -1,10 +1,9 @@
 """The replicas as their own metrics show them: asked all at once, on their own ports."""
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 from urllib.parse import urlsplit
@@ -70,6 +69,7 @@ class Fleet:
 
     async def add_to(self, page: Exposition) -> None:
         """Our series on replicas, and all that the replicas told."""
+        self._follow(self._source.replicas())
         states, up = Counts(series.REPLICAS), Counts(series.REPLICA_UP)
         counts = Counter(engine.view.state for engine in self.engines.values())
         for state in get_args(ReplicaState):
@@ -129,7 +129,8 @@ class Fleet:
             engine.page.update(text)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             if engine.fresh:
-                _log.warning("replica_metrics_stale", replica=engine.view.name, error=repr(error))
+                reason = f"{type(error).__name__}: {error}"
+                _log.warning("replica_metrics_stale", replica=engine.view.name, error=reason)
             engine.fresh = False
             engine.page.lose()
         else:
@@ -147,11 +148,3 @@ class Fleet:
                 if len(body) > _MOST_BYTES:
                     raise ValueError(f"{url} tells more than {_MOST_BYTES} bytes")
             return body.decode(errors="replace")
-
-
-@contextlib.asynccontextmanager
-async def opened(fleet: Fleet) -> AsyncIterator[Fleet]:
-    try:
-        yield fleet
-    finally:
-        await fleet.close()

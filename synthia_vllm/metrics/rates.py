@@ -32,6 +32,7 @@ class TokenRates:
         self._clock = clock
         self._noted: deque[tuple[float, dict[Key, tuple[float, float]]]] = deque([(clock(), {})])
         self._moved: dict[Key, float] = {}  # when it last did
+        self._born: dict[Key, tuple[float, float]] = {}
 
     def tokens(self, model: str, replica: str) -> Tokens:
         """The totals to add to."""
@@ -39,6 +40,12 @@ class TokenRates:
         if found is None:
             found = self.totals[model, replica] = Tokens()
         return found
+
+    def set(self, model: str, replica: str, prompt: float, generation: float) -> None:
+        """For totals that are kept elsewhere: what there was before the first call makes no rate."""
+        self._born.setdefault((model, replica), (prompt, generation))
+        tokens = self.tokens(model, replica)
+        tokens.prompt, tokens.generation = prompt, generation
 
     def tick(self) -> None:
         """To be called each second."""
@@ -50,6 +57,7 @@ class TokenRates:
                 self._moved[key] = now
             elif now - self._moved.get(key, now) > _FORGET_S:
                 del self.totals[key], self._moved[key]
+                self._born.pop(key, None)
         self._noted.append((now, totals))
         while len(self._noted) > 2 and now - self._noted[1][0] >= WINDOW_S:
             self._noted.popleft()
@@ -60,7 +68,7 @@ class TokenRates:
         began, then = next((noted for noted in reversed(self._noted) if now - noted[0] >= WINDOW_S), self._noted[0])
         seconds = max(now - began, TICK_S)
         for key, tokens in self.totals.items():
-            prompt, generation = then.get(key, (0.0, 0.0))
+            prompt, generation = then.get(key) or self._born.get(key, (0.0, 0.0))
             yield key, (tokens.prompt - prompt) / seconds, (tokens.generation - generation) / seconds
 
     def table(self) -> Counts:

@@ -65,7 +65,7 @@ REQUEST_DURATION = Family(
     "synthia_request_duration_seconds",
     "histogram",
     ("model", "user"),
-    "From a request's arrival to the end of its reply, for requests that the engine answered.",
+    "From a request's arrival to the end of its reply; whole replies only.",
     _DURATIONS,
 )
 QUEUE_WAIT = Family(
