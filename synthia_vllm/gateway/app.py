@@ -29,6 +29,8 @@ from synthia_vllm.gateway.store.key_cache import KeyCache
 from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.usage import spent_tokens
+from synthia_vllm.metrics import series
+from synthia_vllm.metrics.cells import Table, single
 from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.limits import SHARED_UP
@@ -107,6 +109,7 @@ class Gateway:
             lambda: Waiting(self.scheduler.running, self.scheduler.waiting()),
             fleet=Fleet(replicas, headers=replica_headers) if replicas is not None else None,
             wait=settings.metrics.replica_wait_s,
+            more=self._ledger_tables,
         )
         app: ASGIApp = Meter(upstream)
         app = FairQueue(
@@ -160,6 +163,15 @@ class Gateway:
             if user in limits:
                 users[user]["limits"] = {name: getattr(limits[user], name) for name in limits[user].__slots__}
         return found
+
+    def _ledger_tables(self) -> list[Table]:
+        ledger = self.ledger
+        numbers = (
+            (series.LEDGER_UP, int(not ledger.failing)),
+            (series.LEDGER_WAITING, ledger.waiting),
+            (series.LEDGER_LOST, ledger.lost),
+        )
+        return [single(family, value) for family, value in numbers]
 
     def _ended(self, call: Call) -> None:
         if call.max_generated:

@@ -96,6 +96,13 @@ class Counts:
             yield f"{self.family.name}{label_text(self.family.labels, labels)} {cell.value!r}\n"
 
 
+def single(family: Family, value: float) -> Counts:
+    """A family without labels."""
+    found = Counts(family)
+    found.cell().value = value
+    return found
+
+
 class Histograms:
     """Histograms of one family."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from synthia_vllm.metrics import series
-from synthia_vllm.metrics.cells import Counts
+from synthia_vllm.metrics.cells import Counts, Table
 from synthia_vllm.metrics.exposition import OPENMETRICS, TEXT, Exposition, read_page, sample_lines
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.history import STEP_S, History
@@ -35,6 +35,7 @@ class Exporter:
         fleet: Fleet | None = None,
         registry: CollectorRegistry = REGISTRY,
         wait: float = 0.2,
+        more: Callable[[], Iterable[Table]] = tuple,
     ) -> None:
         self.recorder = recorder
         self.fleet = fleet
@@ -43,6 +44,7 @@ class Exporter:
         self._registry = registry
         self._local = LocalEngine(registry)
         self._wait = wait
+        self._more = more
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Exporter":
@@ -68,6 +70,8 @@ class Exporter:
         else:
             for table in _local_replica():
                 await page.add_table(table)
+        for table in self._more():
+            await page.add_table(table)
         await asyncio.sleep(0)
         blocks = read_page(generate_latest(self._registry).decode())
         await page.add_blocks((block, sample_lines(block.samples)) for block in blocks.values())

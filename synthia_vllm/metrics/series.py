@@ -108,6 +108,11 @@ REPLICA_UP = Family(
     ("replica",),
     "1 while a replica takes requests and its metrics are fresh; 0: its counters stand still, its gauges are gone.",
 )
+LEDGER_UP = Family("synthia_ledger_up", "gauge", (), "0 while the database does not take the bill's rows.")
+LEDGER_WAITING = Family("synthia_ledger_waiting_rows", "gauge", (), "Rows of the bill that are not written yet.")
+LEDGER_LOST = Family(
+    "synthia_ledger_lost_rows_total", "counter", (), "Rows of the bill given up: the database was gone for too long."
+)
 
 ALL = (
     REQUESTS,
@@ -125,4 +130,7 @@ ALL = (
     SLO_REQUESTS,
     REPLICAS,
     REPLICA_UP,
+    LEDGER_UP,
+    LEDGER_WAITING,
+    LEDGER_LOST,
 )
