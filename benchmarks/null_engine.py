@@ -8,11 +8,13 @@ Chunks have the fields and their order as vLLM 0.29 sends them; a test parses th
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import click
 import msgspec
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from starlette.types import Message, Receive, Scope, Send
 
 _YIELD_EACH = 64  # chunks, at full speed: `send` does not let others run
@@ -49,6 +51,13 @@ class NullEngine:
         self._text = text
         self._break_after = break_after
         self._ids = itertools.count()
+        self._registry = CollectorRegistry()
+        self._times = {
+            name: Histogram(
+                f"vllm:{name}_seconds", "As vLLM names it.", ["engine", "model_name"], registry=self._registry
+            )
+            for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -65,13 +74,15 @@ class NullEngine:
             return await _answer(send, 404, b"{}")
         request = msgspec.json.decode(await _body(receive))
         gone = asyncio.ensure_future(_left(receive))
-        begun = False
+        begun, came = False, time.perf_counter()
         self.waiting += 1
         try:
             async with self._slots:
                 begun = True
                 self.waiting -= 1
+                self._observe("request_queue_time", time.perf_counter() - came)
                 await self._generate(_Reply(request, chat, next(self._ids), self._text), gone, send)
+            self._observe("e2e_request_latency", time.perf_counter() - came)
         finally:
             self.waiting -= not begun
             gone.cancel()
@@ -87,6 +98,8 @@ class NullEngine:
             if gone.done():
                 self.aborted += 1
             elif reply.stream:
+                self._observe("time_to_first_token", self._prefill_s + self._gap)
+                self._observe("inter_token_latency", self._gap)  # one a stream: more would slow it down
                 await self._stream(reply, gone, send)
             else:
                 self.generated += reply.tokens * reply.choices
@@ -115,6 +128,9 @@ class NullEngine:
                 await send({"type": "http.response.body", "body": chunk(number, index), "more_body": True})
         await send({"type": "http.response.body", "body": reply.last(), "more_body": False})
 
+    def _observe(self, name: str, seconds: float) -> None:
+        self._times[name].labels("0", "null").observe(seconds)
+
     def _metrics(self) -> str:
         labels = 'engine="0",model_name="null"'
         series = (
@@ -125,8 +141,10 @@ class NullEngine:
             ("num_preemptions_total", "counter", labels, 0.0),
             ("prompt_tokens_total", "counter", labels, float(self.prompt_tokens)),
             ("generation_tokens_total", "counter", labels, float(self.generated)),
+            ("prefix_cache_queries_total", "counter", labels, float(self.prompt_tokens)),
+            ("prefix_cache_hits_total", "counter", labels, 0.0),
         )
-        return "".join(
+        return generate_latest(self._registry).decode() + "".join(
             f"# HELP vllm:{name} As vLLM names it.\n# TYPE vllm:{name} {kind}\nvllm:{name}{{{labels}}} {value}\n"
             for name, kind, labels, value in series
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from synthia_vllm.metrics import series
-from synthia_vllm.metrics.cells import Cap, Counts, Histogram, Histograms, Table
+from synthia_vllm.metrics.cells import Cap, Counts, Histogram, Histograms, Table, single
 from synthia_vllm.metrics.rates import TokenRates
 from synthia_vllm.metrics.slo import Budget
 from synthia_vllm.prompt import MODEL_ALIASES
@@ -54,7 +54,9 @@ class Recorder:
         return self.models.admit(name) if answered else self.models.known(name)
 
     def judge(self, user: str, met: bool) -> None:
-        self.slo_requests.cell(user, "met" if met else "missed").value += 1
+        # Both are there from the first on: a ratio needs its zero.
+        results = {result: self.slo_requests.cell(user, result) for result in ("met", "missed")}
+        results["met" if met else "missed"].value += 1
         self.budget.add(met)
 
     def tables(self, waiting: Waiting) -> Iterable[Table]:
@@ -73,6 +75,7 @@ class Recorder:
             self.service,
             self.rejections,
             self.slo_requests,
+            single(series.SLO_OBJECTIVE, self.slo.objective),
         )
 
     def _by_user(self, family: series.Family, numbers: dict[str, int]) -> Counts:

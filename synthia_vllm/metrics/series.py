@@ -101,6 +101,9 @@ SLO_REQUESTS = Family(
     ("user", "result"),
     "Requests that met or missed the targets of their priority class (setting `slo`).",
 )
+SLO_OBJECTIVE = Family(
+    "synthia_slo_objective", "gauge", (), "Share of requests that is to meet its targets (setting `slo.objective`)."
+)
 REPLICAS = Family("synthia_replicas", "gauge", ("state",), "Replicas by state: up, unproven, draining, out.")
 REPLICA_UP = Family(
     "synthia_replica_up",
@@ -128,6 +131,7 @@ ALL = (
     FAIR_SERVICE,
     REJECTIONS,
     SLO_REQUESTS,
+    SLO_OBJECTIVE,
     REPLICAS,
     REPLICA_UP,
     LEDGER_UP,
