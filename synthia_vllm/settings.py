@@ -321,6 +321,7 @@ class Settings(BaseSettings):
     log_file: Annotated[
         str | None, Field(description="where the engine's log goes; - for the terminal (default: in the cache folder)")
     ] = None
+    page: Annotated[bool, Field(description="the status page at /")] = True
     prompt: PromptSettings = PromptSettings()
     engine: EngineSettings = EngineSettings()
     access: AccessSettings = AccessSettings()

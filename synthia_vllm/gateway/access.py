@@ -21,6 +21,7 @@ from synthia_vllm.gateway.routes import ADMIN_PREFIX
 _PUBLIC = ("/health", "/ready")
 # Tells of all users: the operator's.
 _OPERATORS = ("/metrics", "/sd")
+_LIVE = f"{ADMIN_PREFIX}live"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _WANTED_HEADERS = (b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s")
 
@@ -96,10 +97,11 @@ class Access:
         account = await self._account(headers)
         call.account = account or ANONYMOUS
         if call.route.startswith(ADMIN_PREFIX):
-            if account is None:
-                raise Unauthorized
-            if not account.admin:
-                raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
+            if self.keys_required or call.route != _LIVE:  # which tells what /metrics tells, and is as open as that
+                if account is None:
+                    raise Unauthorized
+                if not account.admin:
+                    raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
             if self.admin is None:
                 raise NotFound(call.route)
             body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)

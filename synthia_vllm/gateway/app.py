@@ -37,6 +37,7 @@ from synthia_vllm.metrics.limits import SHARED_UP
 from synthia_vllm.metrics.recorder import Recorder, Waiting
 from synthia_vllm.metrics.replicas import ReplicaSource
 from synthia_vllm.settings import LOOPBACK, Settings
+from synthia_vllm.web.page import StatusPage
 
 
 def contract_only(upstream: ASGIApp, settings: Settings) -> ASGIApp:
@@ -133,7 +134,7 @@ class Gateway:
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
         )
-        self.app: ASGIApp = Routes(self.access)
+        self.app: ASGIApp = Routes(self.access, page=StatusPage(keys_required(settings)) if settings.page else None)
 
     async def __aenter__(self) -> "Gateway":
         self._tasks = [asyncio.create_task(self.key_cache.watch()), asyncio.create_task(self.ledger.run())]
