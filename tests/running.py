@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parents[1]
-_START_TIMEOUT_S = 60
 
 
 def free_port() -> int:
@@ -24,7 +23,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def until(holds: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
+def until(holds: Callable[[], Any], what: str, timeout: float = 60.0, pause: float = 0.1) -> Any:
     """Waits for a true value and returns it; connections that are refused are a no."""
     deadline = time.monotonic() + timeout
     while True:
@@ -33,7 +32,7 @@ def until(holds: Callable[[], Any], what: str, timeout: float = 60.0) -> Any:
                 return found
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout:.0f} s: {what}")
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 @dataclass
@@ -45,6 +44,7 @@ class Running:
     path: str
     environment: dict[str, str] = field(default_factory=dict)
     log: Path = Path(os.devnull)
+    start_timeout: float = 60.0
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -56,7 +56,7 @@ class Running:
             self.process = subprocess.Popen(
                 self.words, cwd=ROOT, env={**os.environ, **self.environment}, stdout=stream, stderr=stream
             )
-        until(self._up, f"{self.words[1:]} answers", _START_TIMEOUT_S)
+        until(self._up, f"{self.words[1:]} answers", self.start_timeout)
         return self
 
     def kill(self) -> None:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -23,14 +24,20 @@ _OPTIONS = [
 ]
 
 
+def chromium_options() -> dict[str, Any]:
+    """For Playwright's `launch`: the Chromium that is installed here, not one that it downloads."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return {"executable_path": path, "headless": True, "args": _OPTIONS}
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """Debian's Chromium; skips where there is none, unless SYNTHIA_REQUIRE_SERVICES=1."""
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
+    options = chromium_options()
+    if options["executable_path"] is None:
         missing("Chromium is not installed (apt-get install chromium)")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, headless=True, args=_OPTIONS)
+        browser = playwright.chromium.launch(**options)
         yield browser
         browser.close()
 

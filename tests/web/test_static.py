@@ -68,3 +68,16 @@ def test_nothing_is_fetched_from_elsewhere() -> None:
 
 def test_the_preset_is_the_cards() -> None:
     assert SYSTEM_PROMPTS["tot"] in PAGE.body.decode()
+
+
+@pytest.mark.parametrize(("mode", "status"), [("open", 200), ("keys", 401)])
+async def test_the_live_view_is_open_where_no_keys_are_asked_for(
+    mode: str, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNTHIA_DATA", str(tmp_path))
+    gateway = Gateway(UPSTREAM, Settings.model_validate({"access": {"mode": mode}}))
+    async with client(gateway.app) as http:
+        assert (await http.get("/admin/live")).status_code == status
+        assert (await http.get("/")).headers["x-synthia-keys"] == ("required" if mode == "keys" else "none")
+        for path in ("/admin/keys", "/admin/state", "/admin/live/", "/admin/usage"):
+            assert (await http.get(path)).status_code == 401
