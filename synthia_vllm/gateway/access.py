@@ -16,6 +16,7 @@ from synthia_vllm.gateway.demand import Demand
 from synthia_vllm.gateway.intake import DEFAULT_MAX_BODY_BYTES, decode_object, read_body, replay
 from synthia_vllm.gateway.replies import header, send_error
 from synthia_vllm.gateway.routes import ADMIN_PREFIX
+from synthia_vllm.gateway.tracing import TRACE_HEADERS, Tracing
 
 # Told without a key: probes have none.
 _PUBLIC = ("/health", "/ready")
@@ -23,7 +24,7 @@ _PUBLIC = ("/health", "/ready")
 _OPERATORS = ("/metrics", "/sd")
 _LIVE = f"{ADMIN_PREFIX}live"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_WANTED_HEADERS = (b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s")
+_WANTED_HEADERS = (b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", *TRACE_HEADERS)
 
 Lookup = Callable[[str], Awaitable[Account | None]]
 
@@ -44,6 +45,7 @@ class Access:
         on_end: Callable[[Call], None],
         demand: Demand | None = None,
         metering: Metering | None = None,
+        tracing: Tracing | None = None,
         admin: ASGIApp | None = None,
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         body_timeout: float | None = None,
@@ -54,6 +56,7 @@ class Access:
         self.on_end = on_end
         self.demand = demand or Demand()
         self.metering = metering
+        self.tracing = tracing
         self.admin = admin
         self.max_body_bytes = max_body_bytes
         self.body_timeout = body_timeout
@@ -66,6 +69,8 @@ class Access:
         call = _new_call(scope["path"], headers.get(b"x-request-id", b""))
         if self.metering is not None:
             self.metering.open(call)
+        if self.tracing is not None:
+            self.tracing.open(call, scope["method"], headers)
         reply = RecordedReply(call, send)
         self.open[call.id] = call
         failed = stopped = False
@@ -162,10 +167,15 @@ class RecordedReply:
 
 
 def with_request_id(scope: Scope, call: Call) -> Scope:
-    """The scope for upstream: our unique id, so that one user can't name another's request, and no keys."""
-    hidden = (b"x-request-id", b"authorization", b"x-api-key", b"cookie")
+    """The scope for upstream: our unique id, so that one user can't name another's request, and no keys.
+
+    The client's trace goes on as it is, or with our span in it.
+    """
+    traced = TRACE_HEADERS if call.trace is not None else ()
+    hidden = (b"x-request-id", b"authorization", b"x-api-key", b"cookie", *traced)
     headers = [pair for pair in scope["headers"] if pair[0] not in hidden]
-    return {**scope, "headers": [*headers, (b"x-request-id", call.id.encode())]}
+    spans = call.trace.headers() if call.trace is not None else []
+    return {**scope, "headers": [*headers, (b"x-request-id", call.id.encode()), *spans]}
 
 
 def _new_call(route: str, given: bytes) -> Call:

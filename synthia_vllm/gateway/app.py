@@ -29,6 +29,7 @@ from synthia_vllm.gateway.store.key_cache import KeyCache
 from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.usage import spent_tokens
+from synthia_vllm.gateway.tracing import open_tracing
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Table, single
 from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
@@ -112,6 +113,7 @@ class Gateway:
             wait=settings.metrics.replica_wait_s,
             more=self._ledger_tables,
         )
+        self._tracing = open_tracing(settings.tracing)
         app: ASGIApp = Meter(upstream)
         app = FairQueue(
             app,
@@ -130,6 +132,7 @@ class Gateway:
             on_end=self._ended,
             demand=Demand(count, context),
             metering=self._metering,
+            tracing=self._tracing,
             admin=build_admin(self),
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
@@ -146,6 +149,8 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.exporter.__aexit__()
+        if self._tracing is not None:
+            await self._tracing.close()
         await self.limiter.close()
         await asyncio.to_thread(self.ledger.close)
         self.key_cache.close()
@@ -178,6 +183,8 @@ class Gateway:
         if call.max_generated:
             self.ledger.add(call)
         self._metering.close(call)
+        if call.trace is not None:
+            call.trace.end()
         self._log.write(call)
 
 

@@ -12,6 +12,7 @@ from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 
 if TYPE_CHECKING:
     from synthia_vllm.gateway.delivery import Delivery
+    from synthia_vllm.gateway.tracing import Trace
 
 _SCOPE_KEY = "synthia.call"
 
@@ -55,6 +56,7 @@ class Call:
     replica: str = ""  # that answers it, in a cluster
     resumes: int = 0
     delivery: "Delivery | None" = None  # what the client gets, and when
+    trace: "Trace | None" = None
 
     def encode(self) -> bytes:
         """The body for upstream: the client's own bytes unless a layer changed the request."""

@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from synthia_vllm.errors import SetupError, UpstreamLost, UpstreamTimeout
 from synthia_vllm.gateway.call import call_of
 from synthia_vllm.gateway.replies import send_json
+from synthia_vllm.gateway.tracing import TRACE_HEADERS
 from synthia_vllm.metrics.replicas import ReplicaView, engine_name
 
 _RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
@@ -158,6 +159,10 @@ class HttpUpstream:
         passed = [pair for pair in _passed(scope["headers"]) if pair[0] not in _CLIENTS_OWN]
         headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in passed]
         headers += self.own_headers().items()
+        call = call_of(scope)
+        if call is not None and call.trace is not None:
+            headers = [pair for pair in headers if pair[0].encode() not in TRACE_HEADERS]
+            headers += [(name.decode(), value.decode()) for name, value in call.trace.attempt(target.name)]
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope.get("query_string") else "")
         started = streaming = False
         try:
