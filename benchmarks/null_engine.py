@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import itertools
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import click
 import msgspec
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from starlette.types import Message, Receive, Scope, Send
 
 from benchmarks.null_faults import ENGINE_DEAD, ENGINE_DEAD_EVENT, Faults
@@ -48,9 +50,12 @@ class NullEngine:
         faults: Faults | None = None,
     ) -> None:
         self.running = 0
+        self.waiting = 0
         self.aborted = 0
         self.resumed = 0  # replies that another engine began
         self.wrong_resumes: list[str] = []  # and those refused because their tokens were not the reply's
+        self.prompt_tokens = 0
+        self.generated = 0
         self.order: list[str] = []  # first words of the prompts, as they were begun
         self.faults = faults or Faults(break_after=break_after)
         self.on_refuse: Callable[[float], Awaitable[None]] | None = None  # set by whoever holds the socket
@@ -60,6 +65,13 @@ class NullEngine:
         self._text = text
         self._ids = itertools.count()
         self._own = secrets.randbits(31) << 32  # no two engines' replies have one id
+        self._registry = CollectorRegistry()
+        self._times = {
+            name: Histogram(
+                f"vllm:{name}_seconds", "As vLLM names it.", ["engine", "model_name"], registry=self._registry
+            )
+            for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -73,10 +85,17 @@ class NullEngine:
             return await _answer(send, 404, b"{}")
         request = msgspec.json.decode(await _body(receive))
         gone = asyncio.ensure_future(_left(receive))
+        begun, came = False, time.perf_counter()
+        self.waiting += 1
         try:
             async with self._slots:
+                begun = True
+                self.waiting -= 1
+                self._observe("request_queue_time", time.perf_counter() - came)
                 await self._begin(request, chat, gone, send)
+            self._observe("e2e_request_latency", time.perf_counter() - came)
         finally:
+            self.waiting -= not begun
             gone.cancel()
         return None
 
@@ -113,6 +132,7 @@ class NullEngine:
 
     async def _generate(self, reply: Reply, gone: asyncio.Future[None], send: Send) -> None:
         self.running += 1
+        self.prompt_tokens += reply.prompt
         try:
             waits = self._prefill_s + (0.0 if reply.stream else self._gap * reply.tokens)
             if waits:
@@ -122,10 +142,13 @@ class NullEngine:
             if gone.done():
                 self.aborted += 1
             elif reply.stream:
+                self._observe("time_to_first_token", self._prefill_s + self._gap)
+                self._observe("inter_token_latency", self._gap)  # one a stream: more would slow it down
                 await self._stream(reply, gone, send)
             elif self.faults.dead:
                 await _answer(send, 500, ENGINE_DEAD)
             else:
+                self.generated += reply.tokens * reply.choices
                 await _answer(send, 200, reply.whole())
         finally:
             self.running -= 1
@@ -148,6 +171,7 @@ class NullEngine:
                 return await send({"type": "http.response.body", "body": ENGINE_DEAD_EVENT, "more_body": False})
             if number == reply.deadly:
                 faults.die()
+            self.generated += reply.choices
             for index in range(reply.choices):
                 await send({"type": "http.response.body", "body": chunk(number, index), "more_body": True})
         await send({"type": "http.response.body", "body": reply.last(), "more_body": False})
@@ -173,13 +197,25 @@ class NullEngine:
             await self.on_refuse(seconds)
         return None
 
+    def _observe(self, name: str, seconds: float) -> None:
+        self._times[name].labels("0", "null").observe(seconds)
+
     def _metrics(self) -> str:
-        labels = f'block_size="{_BLOCK}",num_gpu_blocks="{_KV_BLOCKS}"'
-        return (
-            "# TYPE vllm:cache_config_info gauge\n"
-            f"vllm:cache_config_info{{{labels}}} 1.0\n"
-            "# TYPE vllm:num_requests_running gauge\n"
-            f"vllm:num_requests_running {self.running}\n"
+        labels = 'engine="0",model_name="null"'
+        series = (
+            ("cache_config_info", "gauge", f'block_size="{_BLOCK}",engine="0",num_gpu_blocks="{_KV_BLOCKS}"', 1.0),
+            ("num_requests_running", "gauge", labels, float(self.running)),
+            ("num_requests_waiting", "gauge", labels, float(self.waiting)),
+            ("kv_cache_usage_perc", "gauge", labels, self.running / 1000),
+            ("num_preemptions_total", "counter", labels, 0.0),
+            ("prompt_tokens_total", "counter", labels, float(self.prompt_tokens)),
+            ("generation_tokens_total", "counter", labels, float(self.generated)),
+            ("prefix_cache_queries_total", "counter", labels, float(self.prompt_tokens)),
+            ("prefix_cache_hits_total", "counter", labels, 0.0),
+        )
+        return generate_latest(self._registry).decode() + "".join(
+            f"# HELP vllm:{name} As vLLM names it.\n# TYPE vllm:{name} {kind}\nvllm:{name}{{{labels}}} {value}\n"
+            for name, kind, labels, value in series
         )
 
 

@@ -20,7 +20,7 @@ class Reply:
         self._text = text
         self._lie = lie
         given = given_ids(request)
-        self._prompt = len(given) if given is not None else count_of(text_of(request))
+        self.prompt = len(given) if given is not None else count_of(text_of(request))
         options = request.get("stream_options") or {}
         self._usage = bool(options.get("include_usage"))
         self._continuous = self._usage and bool(options.get("continuous_usage_stats"))
@@ -46,7 +46,7 @@ class Reply:
             return self._event({**self._events_head, "choices": [choice]}, number)
         if not self._continuous:
             return b"data: %b}\n\n" % self._bodies[index]
-        told, prompt = number + self._lie, self._prompt  # written out: `benchmarks.cost` measures what is around this
+        told, prompt = number + self._lie, self.prompt  # written out: `benchmarks.cost` measures what is around this
         return b'data: %b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}}\n\n' % (
             self._bodies[index],
             prompt,
@@ -97,15 +97,15 @@ class Reply:
     def _usage_bytes(self, number: int) -> bytes:
         number += self._lie
         return b',"usage":{"prompt_tokens":%d,"total_tokens":%d,"completion_tokens":%d%b}' % (
-            self._prompt,
-            self._prompt + number,
+            self.prompt,
+            self.prompt + number,
             number,
             self._details,
         )
 
     def _count(self, number: int) -> dict[str, Any]:
         number += self._lie
-        return {"prompt_tokens": self._prompt, "total_tokens": self._prompt + number, "completion_tokens": number}
+        return {"prompt_tokens": self.prompt, "total_tokens": self.prompt + number, "completion_tokens": number}
 
 
 class NumberedReply(Reply):
@@ -121,7 +121,7 @@ class NumberedReply(Reply):
         given = given_ids(request)
         if given is None:
             text = text_of(request)
-            given = prompt_ids(text, self._prompt)
+            given = prompt_ids(text, self.prompt)
             if poison is not None and poison in text:
                 given[0] = POISON
         self.prompt_ids = given

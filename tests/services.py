@@ -106,14 +106,14 @@ def postgres() -> Iterator[Postgres]:
     """A real PostgreSQL; skips where there is none, unless SYNTHIA_REQUIRE_SERVICES=1."""
     binaries = _find_postgres()
     if binaries is None:
-        _missing("PostgreSQL is not installed (apt-get install postgresql)")
+        missing("PostgreSQL is not installed (apt-get install postgresql)")
     user = None
     if os.geteuid() == 0:  # initdb refuses root
         user = "postgres"
         try:
             pwd.getpwnam(user)
         except KeyError:
-            _missing("PostgreSQL does not run as root, and there is no user `postgres`")
+            missing("PostgreSQL does not run as root, and there is no user `postgres`")
     # Not pytest's folder: the user `postgres` can't enter it. Short too: a socket's path is 107 bytes at most.
     folder = Path(tempfile.mkdtemp(prefix="synthia-pg-"))
     if user is not None:
@@ -136,7 +136,7 @@ def _find_postgres() -> Path | None:
     return next((path for path in candidates if (path / "postgres").exists() and (path / "initdb").exists()), None)
 
 
-def _missing(reason: str) -> None:
+def missing(reason: str) -> None:
     if os.environ.get(REQUIRED) == "1":
         pytest.fail(f"{reason}; {REQUIRED}=1 asks for it")
     pytest.skip(reason)

@@ -17,6 +17,8 @@ COMMANDS = {
     "keys": ("synthia_vllm.cli.keys", "Make, list, rotate and revoke API keys."),
     "usage": ("synthia_vllm.cli.usage", "Tell who used how many tokens."),
     "batch": ("synthia_vllm.cli.batch", "Run an OpenAI batch file offline."),
+    "exporter": ("synthia_vllm.cli.exporter", "Metrics of engines that run elsewhere, as one page for Prometheus."),
+    "top": ("synthia_vllm.cli.top", "Watch a running server: replicas, users, tokens a second, latencies."),
     "doctor": ("synthia_vllm.cli.doctor", "Tell what would stop or slow down `serve` on this machine."),
 }
 

@@ -57,7 +57,13 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
 
     upstream = _upstream(settings)
     async with upstream:
-        stack = Gateway(upstream, settings, count=_counter(settings.tokenizer))
+        stack = Gateway(
+            upstream,
+            settings,
+            count=_counter(settings.tokenizer),
+            replicas=upstream,
+            replica_headers=upstream.headers,
+        )
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:
@@ -87,10 +93,11 @@ async def _follow_capacity(upstream: "HttpUpstream | ReplicaPool", stack: "Gatew
     """Keeps the room for requests in line with what the engines tell; they may start after the gateway."""
     from synthia_vllm.gateway.fair.room import Capacity
     from synthia_vllm.gateway.upstream import HttpUpstream
+    from synthia_vllm.metrics.replicas import engine_name
 
     if not isinstance(upstream, HttpUpstream):
         upstream.on_capacity = stack.set_capacity
-        upstream.update({url: url for url in stack.settings.upstream})
+        upstream.update({engine_name(url): url for url in stack.settings.upstream})
         return
     told = False
     while (tokens := await upstream.capacity()) is None:

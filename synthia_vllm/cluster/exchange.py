@@ -110,7 +110,7 @@ class Exchange:
                     self._scope["method"],
                     replica.url + path + self._query(),
                     data=body or None,
-                    headers=self._headers(),
+                    headers=self._headers(replica),
                 )
                 await self._answer(replica, reply)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -259,8 +259,8 @@ class Exchange:
         given = self._scope.get("query_string")
         return f"?{given.decode('latin-1')}" if given else ""
 
-    def _headers(self) -> list[tuple[str, str]]:
-        found = request_headers(self._scope["headers"], self._pool.key)
+    def _headers(self, replica: Replica) -> list[tuple[str, str]]:
+        found = request_headers(self._scope, self._pool.key, replica.name)
         if self._legs == 1:
             return found
         # An engine knows a request by this id: two legs of one could meet on one engine.

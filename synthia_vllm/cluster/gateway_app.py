@@ -86,7 +86,7 @@ class ClusterGateway:
         )
         await self._ending.enter_async_context(pool)
         count, context = tokenizer_of(settings)
-        stack = Gateway(pool, settings, count=count, context=context)
+        stack = Gateway(pool, settings, count=count, context=context, replicas=pool, replica_headers=pool.headers)
         await self._ending.enter_async_context(stack)
         pool.on_capacity = lambda capacity: stack.set_capacity(share(capacity, len(pool.up()), settings))
         name = f"{os.uname().nodename}-{os.getpid()}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import aiohttp
 import structlog
-from prometheus_client import make_asgi_app
 from starlette.types import Receive, Scope, Send
 
 from synthia_vllm.cluster.exchange import Exchange
@@ -76,7 +75,6 @@ class ReplicaPool:
         self._replicas: dict[str, Replica] = {}
         self._waiters: deque[_Waiter] = deque()
         self._told: Capacity | None = None
-        self._metrics = make_asgi_app()
 
     async def __aenter__(self) -> "ReplicaPool":
         self._loop = asyncio.get_running_loop()
@@ -116,6 +114,7 @@ class ReplicaPool:
         self._tell_capacity()
 
     def replicas(self) -> list[ReplicaView]:
+        """For the exporter and the live view."""
         return [replica.view() for replica in self._replicas.values()]
 
     def up(self) -> set[Replica]:
@@ -135,9 +134,6 @@ class ReplicaPool:
             if not self.up():
                 return await send_error(_nobody(), send)
             return await send_json(200, {"replicas": len(self.up())}, send)
-        if scope["path"] == "/metrics":
-            await self._metrics(scope, receive, send)
-            return None
         body = await whole_body(receive)
         if body is not None:
             await while_client_stays(Exchange(self, scope, body, send).run(), receive)

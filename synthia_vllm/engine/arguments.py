@@ -74,6 +74,9 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    if settings.tracing.otlp_endpoint:
+        arguments += ["--otlp-traces-endpoint", settings.tracing.otlp_endpoint]
+        environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = settings.tracing.protocol
     geometry = read_geometry(model, settings.engine.dtype)
     if geometry:
         context = settings.engine.max_model_len or geometry.context

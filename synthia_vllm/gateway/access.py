@@ -11,17 +11,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from synthia_vllm.errors import Forbidden, NotFound, RequestError, Unauthorized
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.call import Call, Outcome, attach
+from synthia_vllm.gateway.delivery import Delivery, Metering
 from synthia_vllm.gateway.demand import Demand
 from synthia_vllm.gateway.intake import DEFAULT_MAX_BODY_BYTES, decode_object, read_body, replay
-from synthia_vllm.gateway.replies import send_error
+from synthia_vllm.gateway.replies import header, send_error
 from synthia_vllm.gateway.routes import ADMIN_PREFIX
+from synthia_vllm.gateway.tracing import TRACE_HEADERS, Tracing
 
 # Told without a key: probes have none.
 _PUBLIC = ("/health", "/ready")
 # Tells of all users: the operator's.
-_OPERATORS = ("/metrics",)
+_OPERATORS = ("/metrics", "/sd")
+_LIVE = f"{ADMIN_PREFIX}live"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_WANTED_HEADERS = (b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s")
+_WANTED_HEADERS = (b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", *TRACE_HEADERS)
 
 Lookup = Callable[[str], Awaitable[Account | None]]
 
@@ -41,6 +44,8 @@ class Access:
         keys_required: bool,
         on_end: Callable[[Call], None],
         demand: Demand | None = None,
+        metering: Metering | None = None,
+        tracing: Tracing | None = None,
         admin: ASGIApp | None = None,
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         body_timeout: float | None = None,
@@ -50,6 +55,8 @@ class Access:
         self.keys_required = keys_required
         self.on_end = on_end
         self.demand = demand or Demand()
+        self.metering = metering
+        self.tracing = tracing
         self.admin = admin
         self.max_body_bytes = max_body_bytes
         self.body_timeout = body_timeout
@@ -60,6 +67,10 @@ class Access:
             return await self.app(scope, receive, send)
         headers = {name: value for name, value in reversed(scope["headers"]) if name in _WANTED_HEADERS}
         call = _new_call(scope["path"], headers.get(b"x-request-id", b""))
+        if self.metering is not None:
+            self.metering.open(call)
+        if self.tracing is not None:
+            self.tracing.open(call, scope["method"], headers)
         reply = RecordedReply(call, send)
         self.open[call.id] = call
         failed = stopped = False
@@ -91,10 +102,11 @@ class Access:
         account = await self._account(headers)
         call.account = account or ANONYMOUS
         if call.route.startswith(ADMIN_PREFIX):
-            if account is None:
-                raise Unauthorized
-            if not account.admin:
-                raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
+            if self.keys_required or call.route != _LIVE:  # which tells what /metrics tells, and is as open as that
+                if account is None:
+                    raise Unauthorized
+                if not account.admin:
+                    raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
             if self.admin is None:
                 raise NotFound(call.route)
             body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
@@ -104,7 +116,7 @@ class Access:
                 raise Unauthorized
             if account.admin != (call.route in _OPERATORS):
                 raise Forbidden(
-                    "an admin key opens /admin and /metrics only; use a user's key"
+                    "an admin key opens /admin, /metrics and /sd only; use a user's key"
                     if account.admin
                     else "this needs an admin key: `synthia-vllm keys create --admin`"
                 )
@@ -136,24 +148,34 @@ class RecordedReply:
         self.ended = False
         self._call = call
         self._send = send
+        self._delivery: Delivery | None = None  # of a stream
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
             self._call.status = message["status"]
+            if header(message, b"content-type").startswith(b"text/event-stream"):
+                self._delivery = self._call.delivery
             headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
             headers.append((b"x-request-id", self._call.request_id.encode()))
             message = {**message, "headers": headers}
         elif not message.get("more_body", False):
             self.ended = True
         await self._send(message)
+        if self._delivery is not None:
+            self._delivery.sent(message.get("body", b""))
 
 
 def with_request_id(scope: Scope, call: Call) -> Scope:
-    """The scope for upstream: our unique id, so that one user can't name another's request, and no keys."""
-    hidden = (b"x-request-id", b"authorization", b"x-api-key", b"cookie")
+    """The scope for upstream: our unique id, so that one user can't name another's request, and no keys.
+
+    The client's trace goes on as it is, or with our span in it.
+    """
+    traced = TRACE_HEADERS if call.trace is not None else ()
+    hidden = (b"x-request-id", b"authorization", b"x-api-key", b"cookie", *traced)
     headers = [pair for pair in scope["headers"] if pair[0] not in hidden]
-    return {**scope, "headers": [*headers, (b"x-request-id", call.id.encode())]}
+    spans = call.trace.headers() if call.trace is not None else []
+    return {**scope, "headers": [*headers, (b"x-request-id", call.id.encode()), *spans]}
 
 
 def _new_call(route: str, given: bytes) -> Call:

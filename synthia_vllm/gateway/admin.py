@@ -52,6 +52,10 @@ def build_admin(gateway: "Gateway") -> FastAPI:
     async def state() -> dict[str, Any]:
         return await gateway.state()
 
+    @app.get("/admin/live")
+    async def live() -> dict[str, Any]:
+        return gateway.exporter.live()
+
     @app.get("/admin/keys")
     def list_keys() -> list[Any]:
         return store.list_keys()

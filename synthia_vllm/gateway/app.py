@@ -1,6 +1,7 @@
 """The stack: what every request passes on its way to an engine, and what is kept running beside it."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.admin import build_admin
 from synthia_vllm.gateway.call import Call
 from synthia_vllm.gateway.contract import Contract
+from synthia_vllm.gateway.delivery import Metering
 from synthia_vllm.gateway.demand import Demand, TokenCounter, estimate_tokens
 from synthia_vllm.gateway.fair.layer import FairQueue
 from synthia_vllm.gateway.fair.room import Capacity
@@ -29,8 +31,16 @@ from synthia_vllm.gateway.store.key_cache import KeyCache
 from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.usage import spent_tokens
+from synthia_vllm.gateway.tracing import open_tracing
+from synthia_vllm.metrics import series
+from synthia_vllm.metrics.cells import Table, single
+from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
+from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.limits import SHARED_UP
+from synthia_vllm.metrics.recorder import Recorder, Waiting
+from synthia_vllm.metrics.replicas import ReplicaSource
 from synthia_vllm.settings import LOOPBACK, Settings
+from synthia_vllm.web.page import StatusPage
 
 
 def contract_only(upstream: ASGIApp, settings: Settings) -> ASGIApp:
@@ -72,6 +82,8 @@ class Gateway:
         capacity: Capacity | None = None,
         count: TokenCounter = estimate_tokens,
         context: int | None = None,
+        replicas: ReplicaSource | None = None,
+        replica_headers: Mapping[str, str] | None = None,
     ) -> None:
         database = open_database(settings.access.database)
         self.keys = KeyStore(database, load_secret(settings))
@@ -97,6 +109,16 @@ class Gateway:
         self._log = RequestLog(settings.log)
         if not getattr(upstream, "tells_readiness", False):
             upstream = Readiness(upstream, last_token=self._last_token)
+        recorder = Recorder(settings.metrics, settings.slo)
+        self._metering = Metering(recorder, prompt_cost=fair.prompt_cost, generated_cost=fair.generated_cost)
+        self.exporter = Exporter(
+            recorder,
+            lambda: Waiting(self.scheduler.running, self.scheduler.waiting()),
+            fleet=Fleet(replicas, headers=replica_headers) if replicas is not None else None,
+            wait=settings.metrics.replica_wait_s,
+            more=self._ledger_tables,
+        )
+        self._tracing = open_tracing(settings.tracing)
         app: ASGIApp = Meter(upstream)
         app = FairQueue(
             app,
@@ -107,26 +129,33 @@ class Gateway:
         )
         app = Limits(app, limiter=self.limiter, defaults=self.default_limits)
         app = Contract(app, role_markers=settings.prompt.role_markers)
+        app = MetricsRoutes(app, self.exporter)
         self.access = Access(
             app,
             lookup=self.key_cache.lookup,
             keys_required=keys_required(settings),
             on_end=self._ended,
             demand=Demand(count, context),
+            metering=self._metering,
+            tracing=self._tracing,
             admin=build_admin(self),
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
         )
-        self.app: ASGIApp = Routes(self.access)
+        self.app: ASGIApp = Routes(self.access, page=StatusPage(keys_required(settings)) if settings.page else None)
 
     async def __aenter__(self) -> "Gateway":
         self._tasks = [asyncio.create_task(self.key_cache.watch()), asyncio.create_task(self.ledger.run())]
+        await self.exporter.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.exporter.__aexit__()
+        if self._tracing is not None:
+            await self._tracing.close()
         await self.limiter.close()
         await asyncio.to_thread(self.ledger.close)
         self.key_cache.close()
@@ -159,9 +188,21 @@ class Gateway:
     def _last_token(self) -> float:
         return max((call.last_token or 0.0 for call in self.access.open.values()), default=0.0)
 
+    def _ledger_tables(self) -> list[Table]:
+        ledger = self.ledger
+        numbers = (
+            (series.LEDGER_UP, int(not ledger.failing)),
+            (series.LEDGER_WAITING, ledger.waiting),
+            (series.LEDGER_LOST, ledger.lost),
+        )
+        return [single(family, value) for family, value in numbers]
+
     def _ended(self, call: Call) -> None:
         if call.max_generated:
             self.ledger.add(call)
+        self._metering.close(call)
+        if call.trace is not None:
+            call.trace.end()
         self._log.write(call)
 
 

@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter, time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from starlette.types import Scope
 
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
+
+if TYPE_CHECKING:
+    from synthia_vllm.gateway.delivery import Delivery
+    from synthia_vllm.gateway.tracing import Trace
 
 _SCOPE_KEY = "synthia.call"
 
@@ -50,6 +54,9 @@ class Call:
     resumes: int = 0  # how often it went on elsewhere
     reason: str = ""  # of a rejection or failure, one word: what metrics and logs name it
     on_tokens: Callable[[int], None] | None = None  # called with each number of newly generated tokens
+    prompt_counted: bool = False  # `prompt_tokens` is the engine's own count
+    delivery: "Delivery | None" = None  # what the client gets, and when
+    trace: "Trace | None" = None
 
     def encode(self) -> bytes:
         """The body for upstream: the client's own bytes unless a layer changed the request."""

@@ -6,9 +6,11 @@ from typing import Any
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import Message, Receive, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from synthia_vllm.errors import RequestError
+from synthia_vllm.gateway.call import call_of
+from synthia_vllm.gateway.tracing import TRACE_HEADERS
 
 # Of one connection only (RFC 9110, 7.6.1), or set anew for the next.
 _HOP_HEADERS = {
@@ -27,10 +29,13 @@ def end_to_end(headers: Headers) -> list[tuple[bytes, bytes]]:
     return [(key, value) for key, value in lowered if key not in _HOP_HEADERS and key not in named]
 
 
-def request_headers(headers: Headers, key: str | None) -> list[tuple[str, str]]:
-    """A client's headers as they go upstream: without its keys, with the engine's own."""
-    passed = [pair for pair in end_to_end(headers) if pair[0] not in _CLIENTS_OWN]
-    found = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in passed]
+def request_headers(scope: Scope, key: str | None, replica: str) -> list[tuple[str, str]]:
+    """A client's headers as they go upstream: without its keys, with the engine's own and the trace's."""
+    call = call_of(scope)
+    trace = call.trace.attempt(replica) if call is not None and call.trace is not None else []
+    dropped = (*_CLIENTS_OWN, *TRACE_HEADERS) if trace else _CLIENTS_OWN
+    passed = [pair for pair in end_to_end(scope["headers"]) if pair[0] not in dropped]
+    found = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in (*passed, *trace)]
     return [*found, *own_headers(key).items()]
 
 

@@ -99,6 +99,7 @@ class MeteredReply:
         if found is None or call.choices > 1:
             return self._unusual(event)
         call.prompt_tokens = int(found[1])
+        call.prompt_counted = True
         call.add_tokens(int(found[2]) - call.generated)
         if event.find(_NO_CHOICES, 0, at) >= 0:
             return event if call.wants_usage else b""
@@ -154,6 +155,7 @@ class MeteredReply:
         generated = usage.get("completion_tokens", usage.get("output_tokens"))
         if isinstance(prompt, int) and prompt > 0:
             call.prompt_tokens = prompt
+            call.prompt_counted = True
         if isinstance(generated, int):
             call.add_tokens(generated - call.generated)
             # Anthropic's first event tells of no tokens yet; an end that tells fewer than were counted is right.

@@ -9,7 +9,9 @@ import structlog
 from synthia_vllm.gateway.call import Call
 from synthia_vllm.settings import LogSettings
 
-_QUIET = ("/health", "/ready", "/metrics")  # asked by machines, all the time
+_QUIET = ("/health", "/ready", "/metrics", "/sd")  # asked by machines, all the time
+
+_POLLED = ("/admin/live",)  # by pages that are open; a refusal is worth a line
 
 
 def configure_logging(settings: LogSettings) -> None:
@@ -39,7 +41,7 @@ class RequestLog:
         self._logger = structlog.get_logger("synthia_vllm.requests")
 
     def write(self, call: Call) -> None:
-        if not self._on or call.route in _QUIET:
+        if not self._on or call.route in _QUIET or (call.route in _POLLED and call.status == 200):
             return
         line = {
             "request_id": call.request_id,

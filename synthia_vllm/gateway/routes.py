@@ -20,6 +20,7 @@ ROUTES = {
     "/health": "GET",
     "/ready": "GET",
     "/metrics": "GET",
+    "/sd": "GET",
 }
 ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
 _MODEL_PREFIX = "/v1/models/"
@@ -28,11 +29,13 @@ _MODEL_PREFIX = "/v1/models/"
 class Routes:
     """Passes the routes on the allow-list, answers 404 for all else. A pure ASGI layer.
 
-    `GET /v1/models/{id}`, which vLLM does not have, is answered from upstream's `/v1/models`.
+    `GET /v1/models/{id}`, which vLLM does not have, is answered from upstream's `/v1/models`. `page` is what answers at
+    `/`, where there is one; it needs no key.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *, page: ASGIApp | None = None) -> None:
         self.app = app
+        self.page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -42,7 +45,8 @@ class Routes:
         path = scope["path"]
         if path.startswith(ADMIN_PREFIX):
             return await self.app(scope, receive, send)
-        method = "GET" if path.startswith(_MODEL_PREFIX) else ROUTES.get(path)
+        page = self.page if path == "/" else None
+        method = "GET" if page or path.startswith(_MODEL_PREFIX) else ROUTES.get(path)
         error: RequestError | None = None
         if method is None:
             error = NotFound(path)
@@ -52,7 +56,7 @@ class Routes:
             return await send_error(error, send)
         if path.startswith(_MODEL_PREFIX):
             return await self._model(unquote(path.removeprefix(_MODEL_PREFIX)), scope, receive, send)
-        return await self.app(scope, receive, send)
+        return await (page or self.app)(scope, receive, send)
 
     async def _model(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         body = bytearray()

@@ -8,10 +8,10 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import structlog
-from prometheus_client import make_asgi_app
 from starlette.types import Receive, Scope, Send
 
 from synthia_vllm.errors import SetupError, UpstreamLost, UpstreamTimeout
+from synthia_vllm.gateway.call import call_of
 from synthia_vllm.gateway.forwarding import (
     answer_lifespan,
     cache_tokens,
@@ -23,6 +23,7 @@ from synthia_vllm.gateway.forwarding import (
     whole_body,
 )
 from synthia_vllm.gateway.replies import send_json
+from synthia_vllm.metrics.replicas import ReplicaView, engine_name
 
 _RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
 _KEEP_ALIVE_S = 4.0  # less than vLLM's 5, so that no request meets a connection that is being closed
@@ -34,6 +35,7 @@ _log = structlog.get_logger(__name__)
 @dataclass(slots=True, eq=False)
 class _Target:
     url: str
+    name: str  # in metrics: host, port and path
     in_flight: int = 0
     resting_until: float = 0.0
 
@@ -58,11 +60,11 @@ class HttpUpstream:
         for url in urls:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
                 raise SetupError(f"--upstream {url}: a URL like http://127.0.0.1:8001")
-        self._targets = [_Target(url.rstrip("/")) for url in urls]
+        self._targets = [_Target(url.rstrip("/"), engine_name(url)) for url in urls]
+        self.headers = own_headers(key)  # of every question to an engine
         self._key = key  # that the engines themselves ask for; a client's key never goes on
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
         self._session: aiohttp.ClientSession | None = None
-        self._metrics = make_asgi_app()  # our own; the engines' are scraped where they are
 
     async def __aenter__(self) -> "HttpUpstream":
         self._session = aiohttp.ClientSession(
@@ -85,9 +87,6 @@ class HttpUpstream:
             return await answer_lifespan(receive, send)
         if scope["path"] == "/health":
             return await send_json(200, {}, send)
-        if scope["path"] == "/metrics":
-            await self._metrics(scope, receive, send)
-            return None
         body = await whole_body(receive)
         if body is not None:
             await while_client_stays(self._pass(scope, body, send), receive)
@@ -100,8 +99,7 @@ class HttpUpstream:
         for target in self._targets:
             try:
                 timeout = aiohttp.ClientTimeout(_CAPACITY_TIMEOUT_S)
-                headers = own_headers(self._key)
-                async with self._session.get(f"{target.url}/metrics", headers=headers, timeout=timeout) as reply:
+                async with self._session.get(f"{target.url}/metrics", headers=self.headers, timeout=timeout) as reply:
                     text = await reply.text()
                 tokens = cache_tokens(text)
             except (aiohttp.ClientError, TimeoutError, ValueError):
@@ -111,9 +109,20 @@ class HttpUpstream:
             total += tokens
         return total
 
+    def replicas(self) -> list[ReplicaView]:
+        """The engines as replicas: `out` while one rests that refused a connection."""
+        now = time.monotonic()
+        return [
+            ReplicaView(target.name, target.url, "out" if target.resting_until > now else "up", target.in_flight)
+            for target in self._targets
+        ]
+
     async def _pass(self, scope: Scope, body: bytes, send: Send) -> None:
+        call = call_of(scope)
         for target in self._by_load():
             target.in_flight += 1
+            if call is not None:
+                call.replica = target.name
             try:
                 return await self._ask(target, scope, body, send)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -130,7 +139,7 @@ class HttpUpstream:
 
     async def _ask(self, target: _Target, scope: Scope, body: bytes, send: Send) -> None:
         assert self._session is not None
-        headers = request_headers(scope["headers"], self._key)
+        headers = request_headers(scope, self._key, target.name)
         path = scope["path"] + (f"?{scope['query_string'].decode('latin-1')}" if scope.get("query_string") else "")
         started = streaming = False
         try:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 from prometheus_client import Counter
 
@@ -31,3 +32,9 @@ class ReplicaSource(Protocol):
     """Whoever knows the replicas."""
 
     def replicas(self) -> Sequence[ReplicaView]: ...
+
+
+def engine_name(url: str) -> str:
+    """How an engine without a name is called in metrics: host, port and path, without what a URL may hide."""
+    parts = urlsplit(url)
+    return parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")

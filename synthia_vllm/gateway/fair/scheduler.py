@@ -148,6 +148,10 @@ class Scheduler:
         rate = self.rate.per_second
         return self.counters.generated_cost * tokens / rate if rate else 1.0
 
+    def waiting(self) -> dict[str, int]:
+        """Requests in the queue, by user."""
+        return {user: len(queue) for user, queue in self._queues.items()}
+
     def snapshot(self) -> dict[str, Any]:
         """For the live view."""
         users = self._queues.keys() | self.running.keys()

@@ -46,6 +46,16 @@ class Ledger:
         self._failing = False
         self._open()
 
+    @property
+    def failing(self) -> bool:
+        """Whether the database did not take the last batch."""
+        return self._failing
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are not written yet."""
+        return len(self._waiting) + len(self._batch)
+
     def add(self, call: Call) -> None:
         """Notes a call that has ended. Never waits."""
         if len(self._waiting) >= _MOST_WAITING:

@@ -1,0 +1,298 @@
+"""What the exporter costs and how right it is, with no inference in the way.
+
+    python -m benchmarks.exporter [--rounds 7] [--seconds 60] [--output benchmarks/results/exporter.json]
+
+a chunk     the counting of one streamed chunk by itself; and what a chunk through all layers takes more with it
+a scrape    of a gateway with 200 users of 3 models and 16 replicas that answer with vLLM's page over HTTP; how late a
+            task that wants to run each millisecond comes meanwhile, against without a scrape: what a stream would feel
+the page    in kB after 200 and after 10,000 users
+tokens/s    the gauge against what clients got in the same ten seconds, each second of a steady minute
+"""
+
+import asyncio
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import uvloop
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from rich.console import Console
+from rich.table import Table
+from starlette.types import Message, Receive, Scope, Send
+
+from benchmarks.cost import free_port, server, wait_for
+from benchmarks.null_engine import NullEngine
+from benchmarks.serving import machine
+from synthia_vllm import __version__
+from synthia_vllm.gateway.accounts import Account
+from synthia_vllm.gateway.app import Gateway
+from synthia_vllm.gateway.call import Call
+from synthia_vllm.gateway.delivery import Metering
+from synthia_vllm.metrics.exporter import Exporter
+from synthia_vllm.metrics.fleet import Fleet
+from synthia_vllm.metrics.recorder import Recorder, Waiting
+from synthia_vllm.metrics.replicas import ReplicaView
+from synthia_vllm.settings import MetricsSettings, Settings, SloSettings
+
+REPLICAS, USERS, MANY_USERS, MODELS = 16, 200, 10_000, 3
+STREAMS, RATE = 64, 20.0  # of the steady minute
+CHUNKS = 100_000
+_CHUNK = b'data: {"choices":[{"text":"a"}]}\n\n'
+
+
+@click.command()
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True)
+@click.option("--seconds", default=60.0, show_default=True, help="Of steady load for the gauge.")
+@click.option("--serve-pages", "ports", help="Only serve the replicas' pages, on these ports.", hidden=True)
+@click.option("--port", hidden=True, type=int)
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path(__file__).with_name("results") / "exporter.json",
+    show_default="benchmarks/results/exporter.json",
+)
+def main(rounds: int, seconds: float, ports: str | None, port: int | None, output: Path) -> None:
+    """Measure the exporter: cost of a chunk, of a scrape, size of the page, and the gauge of tokens a second."""
+    if ports is not None:
+        uvloop.run(serve_pages([int(port) for port in ports.split(",")]))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    where = machine()
+    os.sched_setaffinity(0, {0})
+    results = uvloop.run(measure(rounds, seconds))
+    report = {"machine": where, "version": __version__, "rounds": rounds, "results": results}
+    report["summary"] = summary(results)
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    shown = Table("figure", "value")
+    for figure, value in report["summary"].items():
+        shown.add_row(figure, str(value))
+    Console().print(shown)
+
+
+async def measure(rounds: int, seconds: float) -> dict[str, Any]:
+    results: dict[str, Any] = {"counting": [counting() for _ in range(rounds)]}
+    with tempfile.TemporaryDirectory() as data, ExitStack() as stack:
+        access = {"mode": "open", "database": f"sqlite:///{data}/keys.db", "secret": "x" * 32}
+        fair = {"max_in_flight_tokens": 10**12}
+        settings = Settings(access=access, fair=fair, log={"requests": False})  # type: ignore[arg-type]
+        results["layers"] = {"with": [], "without": []}
+        async with Gateway(NullEngine(), settings) as gateway:
+            for number in range(-1, rounds):
+                for name, metering in (("with", gateway._metering), ("without", None)):
+                    gateway.access.metering = metering
+                    took = await through(gateway)
+                    if number >= 0:
+                        results["layers"][name].append(took)
+        ports = [free_port() for _ in range(REPLICAS)]
+        words = ["--serve-pages", ",".join(map(str, ports)), "--port", str(ports[0])]
+        stack.enter_context(server(data, 1, "benchmarks.exporter", *words))
+        for port in ports:
+            wait_for(port)
+        results["scrape"] = await scrapes(ports, 3 * rounds)
+        engine = NullEngine(tokens_per_second=RATE)
+        async with Gateway(engine, settings) as gateway:
+            results["gauge"] = await steady(gateway, seconds)
+    return results
+
+
+def counting() -> float:
+    """Seconds for one chunk, the loop around it taken off."""
+    recorder = Recorder(MetricsSettings(), SloSettings())
+    call = answered("alice", "synthia")
+    Metering(recorder).open(call)
+    assert call.delivery is not None
+    sent = call.delivery.sent
+    times = []
+    for told in (sent, lambda body: None):
+        began = time.perf_counter()
+        for _ in range(CHUNKS):
+            call.generated += 1
+            told(_CHUNK)
+        times.append(time.perf_counter() - began)
+    return (times[0] - times[1]) / CHUNKS
+
+
+def answered(user: str, model: str) -> Call:
+    call = Call(id="1", request_id="r", route="/v1/completions", account=Account(user), model=model)
+    call.max_generated, call.status, call.prompt_tokens, call.dispatched = 100, 200, 10, call.arrived
+    call.outcome = "finished"
+    return call
+
+
+async def through(gateway: Gateway) -> float:
+    """Seconds for one chunk of a stream through all layers, without a socket."""
+    body = json.dumps({"model": "null", "prompt": "x", "max_tokens": CHUNKS, "stream": True}).encode()
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        pass
+
+    began = time.perf_counter()
+    await gateway.app({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
+    return (time.perf_counter() - began) / CHUNKS
+
+
+class Ports:
+    def __init__(self, ports: list[int]) -> None:
+        self._views = [ReplicaView(f"replica-{port}", f"http://127.0.0.1:{port}", "up", 0) for port in ports]
+
+    def replicas(self) -> list[ReplicaView]:
+        return self._views
+
+
+async def scrapes(ports: list[int], count: int) -> dict[str, Any]:
+    recorder = Recorder(MetricsSettings(), SloSettings())
+    metering = Metering(recorder)
+    found: dict[str, Any] = {"seconds": [], "late": [], "late_alone": []}
+    for user in range(MANY_USERS):
+        for model in range(MODELS):
+            call = answered(f"user-{user}", f"model-{model}")
+            metering.open(call)
+            assert call.delivery is not None
+            for _ in range(2):
+                call.generated += 1
+                call.delivery.sent(_CHUNK)
+            metering.close(call)
+        if user + 1 in (USERS, MANY_USERS):
+            page = await Exporter(recorder, lambda: Waiting({}, {})).page()
+            found[f"kB_{user + 1}"] = len(page) / 1000
+    exporter = Exporter(recorder, lambda: Waiting({}, {}), fleet=Fleet(Ports(ports)), wait=5.0)
+    assert exporter.fleet is not None
+    await exporter.page()
+    late: deque[float] = deque()
+    watch = asyncio.create_task(lateness(late))
+    for _ in range(count):
+        await asyncio.sleep(0.3)
+        late.clear()
+        await asyncio.sleep(0.3)
+        found["late_alone"].append(max(late))
+        late.clear()
+        began = time.perf_counter()
+        page = await exporter.page(openmetrics=True)
+        found["seconds"].append(time.perf_counter() - began)
+        await asyncio.sleep(0.01)
+        found["late"].append(max(late))
+    watch.cancel()
+    await asyncio.gather(watch, return_exceptions=True)
+    await exporter.fleet.close()
+    lines = [line for line in page.decode().splitlines() if not line.startswith("#")]
+    found["lines"] = len(lines)
+    found["replicas_seen"] = len({line.split('replica="')[1].split('"')[0] for line in lines if "vllm:" in line})
+    return found
+
+
+async def lateness(late: "deque[float]") -> None:
+    while True:
+        began = time.perf_counter()
+        await asyncio.sleep(0.001)
+        late.append(time.perf_counter() - began - 0.001)
+
+
+async def steady(gateway: Gateway, seconds: float) -> dict[str, list[float]]:
+    """The gauge each second, and what clients got over the same ten seconds."""
+    got = 0
+    body = json.dumps({"model": "null", "prompt": "x", "max_tokens": 10**6, "stream": True}).encode()
+
+    async def stream() -> None:
+        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            nonlocal got
+            got += message.get("body", b"").count(b'"text":')
+
+        await gateway.app({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
+
+    tasks = [asyncio.create_task(stream()) for _ in range(STREAMS)]
+    seen: deque[tuple[float, int]] = deque(maxlen=11)
+    found: dict[str, list[float]] = {"told": [], "got": []}
+    for number in range(int(seconds) + 12):
+        await asyncio.sleep(1)
+        seen.append((time.perf_counter(), got))
+        if number < 12:
+            continue
+        (began, before), (now, after) = seen[0], seen[-1]
+        found["got"].append((after - before) / (now - began))
+        found["told"].append(sum(rate for _, _, rate in gateway.exporter.recorder.rates.rates()))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return found
+
+
+async def serve_pages(ports: list[int]) -> None:
+    """vLLM's page, as long as vLLM 0.29's, on each port."""
+    import uvicorn
+
+    page = vllm_page()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(page)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": page})
+
+    configs = [uvicorn.Config(app, port=port, log_level="warning", lifespan="off") for port in ports]
+    await asyncio.gather(*(uvicorn.Server(config).serve() for config in configs))
+
+
+def vllm_page() -> bytes:
+    registry = CollectorRegistry()
+    labels = {"engine": "0", "model_name": "migtissera/Synthia-v3.0-11B"}
+    for number in range(16):
+        buckets = [0.001 * 1.5**step for step in range(28)]
+        histogram = Histogram(f"vllm:times_{number}", "Times.", [*labels], registry=registry, buckets=buckets)
+        for value in range(100):
+            histogram.labels(**labels).observe(value / 50)
+    for number in range(24):
+        Counter(f"vllm:counts_{number}", "Counts.", [*labels], registry=registry).labels(**labels).inc(1e6 + number)
+        Gauge(f"vllm:gauges_{number}", "Gauges.", [*labels], registry=registry).labels(**labels).set(number / 7)
+    return generate_latest(registry)
+
+
+def summary(results: dict[str, Any]) -> dict[str, float]:
+    scrape, gauge, layers = results["scrape"], results["gauge"], results["layers"]
+    more = [1e6 * (a - b) for a, b in zip(layers["with"], layers["without"], strict=True)]
+    apart = [abs(told / got - 1) for told, got in zip(gauge["told"], gauge["got"], strict=True)]
+    return {
+        "counting one chunk, µs": round(1e6 * statistics.median(results["counting"]), 2),
+        "one chunk through all layers, more with the exporter than without, µs": round(statistics.median(more), 2),
+        "a scrape of 16 replicas and 200 users, median, ms": round(1000 * statistics.median(scrape["seconds"]), 1),
+        "the longest of them, ms": round(1000 * max(scrape["seconds"]), 1),
+        "lines of that page": scrape["lines"],
+        "longest hold-up of a stream by a scrape, median, ms": round(1000 * statistics.median(scrape["late"]), 1),
+        "the same without a scrape, ms": round(1000 * statistics.median(scrape["late_alone"]), 1),
+        "page after 200 users of 3 models, kB": round(scrape["kB_200"]),
+        "page after 10,000 users, kB": round(scrape["kB_10000"]),
+        "tokens/s gauge against the clients' count, farthest apart in a minute, %": round(100 * max(apart), 2),
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table that the README quotes."""
+    rows = (f"| {name} | {value} |\n" for name, value in report["summary"].items())
+    return "| figure | value |\n|---|---|\n" + "".join(rows)
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,114 @@
+"""`synthia-vllm exporter`."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import click
+from starlette.types import Receive, Scope, Send
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from synthia_vllm.gateway.access import Lookup
+    from synthia_vllm.gateway.accounts import Account
+
+PROG = "synthia-vllm exporter"
+
+
+@click.command(
+    "exporter",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def command(words: tuple[str, ...]) -> None:
+    """One page of metrics for engines that run elsewhere, without a gateway in front of them."""
+    sys.exit(export(load_settings(words, prog=PROG)))
+
+
+def export(settings: Settings) -> int:
+    """Serves /metrics, /sd and /health until a signal; returns the exit code."""
+    import uvloop
+
+    from synthia_vllm.gateway.listener import bind, check_exposure
+    from synthia_vllm.gateway.request_log import configure_logging
+
+    if not settings.upstream:
+        raise SetupError("--upstream: name at least one engine, for instance --upstream http://127.0.0.1:8001")
+    check_exposure(settings)
+    configure_logging(settings.log)
+    sock = bind(settings)
+    try:
+        code: int = uvloop.run(_serve(settings, sock))
+        return code
+    finally:
+        sock.close()
+
+
+async def _serve(settings: Settings, sock: socket.socket) -> int:
+    from synthia_vllm.gateway.access import Access
+    from synthia_vllm.gateway.app import keys_required
+    from synthia_vllm.gateway.listener import DrainingServer
+    from synthia_vllm.gateway.upstream import HttpUpstream
+    from synthia_vllm.metrics.exporter import MetricsRoutes
+    from synthia_vllm.metrics.sidecar import Sidecar
+
+    key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
+    engines = HttpUpstream(settings.upstream, key=key)  # checks the URLs; nothing is sent through it
+    sidecar = Sidecar(settings.upstream, headers=engines.headers, wait=settings.metrics.replica_wait_s)
+    needed = keys_required(settings)
+    async with sidecar, _keys(settings, needed) as lookup:
+        app = Access(
+            MetricsRoutes(_health_only, sidecar), lookup=lookup, keys_required=needed, on_end=lambda call: None
+        )
+        host, port = sock.getsockname()[:2]
+
+        def ready() -> None:
+            click.echo(f"Ready: http://{host}:{port}/metrics of {', '.join(settings.upstream)}", err=True)
+
+        drained = await DrainingServer(app, settings, ready).run_until_stopped(sock)
+    return 0 if drained else 1
+
+
+@contextlib.asynccontextmanager
+async def _keys(settings: Settings, needed: bool) -> "AsyncIterator[Lookup]":
+    """The look-up of keys; where none are needed, no database is opened."""
+    from synthia_vllm.gateway.store.database import open_database
+    from synthia_vllm.gateway.store.key_cache import KeyCache
+    from synthia_vllm.gateway.store.keys import KeyStore, load_secret
+
+    if not needed:
+        yield _nobody
+        return
+    database = open_database(settings.access.database)
+    keys = KeyCache(KeyStore(database, load_secret(settings)))
+    watch = asyncio.create_task(keys.watch())
+    try:
+        yield keys.lookup
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        keys.close()
+        database.dispose()
+
+
+async def _nobody(key: str) -> "Account | None":
+    return None
+
+
+async def _health_only(scope: Scope, receive: Receive, send: Send) -> None:
+    from synthia_vllm.errors import NotFound
+    from synthia_vllm.gateway.replies import send_json
+
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        return await send({"type": "lifespan.shutdown.complete"})
+    if scope["path"] == "/health":
+        return await send_json(200, {}, send)
+    raise NotFound(scope["path"])

@@ -1,0 +1,157 @@
+"""`synthia-vllm top`: the live view in a terminal."""
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from synthia_vllm.errors import SynthiaError
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_CHART = 60  # points: five minutes
+_USERS = 15
+_STATES = {"up": "green", "unproven": "yellow", "draining": "yellow", "out": "bold red"}
+
+
+class TopError(SynthiaError):
+    """The server does not tell."""
+
+
+@click.command("top")
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="The server.")
+@click.option("--key", envvar="SYNTHIA_ADMIN_KEY", help="Admin key (also SYNTHIA_ADMIN_KEY).")
+@click.option("--interval", default=2.0, show_default=True, type=click.FloatRange(0.5), help="Seconds between looks.")
+@click.option("--once", is_flag=True, help="Print once and end, for scripts and pipes.")
+def command(url: str, key: str | None, interval: float, once: bool) -> None:
+    """Watch a running server: replicas, users, tokens a second, latencies. Ctrl-C ends it."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    console = Console()
+    with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=10, trust_env=False) as client:
+        first = show(ask(client))
+        if once or not console.is_terminal:
+            console.print(first)
+            return
+        with Live(first, console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                try:
+                    shown = show(ask(client))
+                except TopError as error:
+                    shown = Group(Text(str(error), style="bold red"), first)
+                else:
+                    first = shown
+                live.update(shown, refresh=True)
+
+
+def ask(client: Any) -> dict[str, Any]:
+    """The live view. Raises TopError that says what to do."""
+    import httpx
+
+    try:
+        reply = client.get("/admin/live")
+    except httpx.HTTPError as error:
+        raise TopError(f"{client.base_url} does not answer: {error}") from None
+    if reply.status_code in (401, 403):
+        raise TopError("this needs an admin key: `synthia-vllm keys create --admin --user ops`, then --key")
+    if reply.status_code != 200:
+        raise TopError(f"{client.base_url} has no live view (status {reply.status_code})")
+    view: dict[str, Any] = reply.json()
+    return view
+
+
+def show(view: dict[str, Any]) -> Group:
+    """The whole picture of one moment."""
+    return Group(_head(view), _charts(view["history"]), _replicas(view["replicas"]), _users(view["users"]))
+
+
+def _head(view: dict[str, Any]) -> RenderableType:
+    now, slo = view["now"], view["slo"]
+    judged = slo["met"] + slo["missed"]
+    parts = [
+        f"{datetime.fromtimestamp(view['at']):%H:%M:%S}",
+        f"{now['generation_per_s']:.1f} tokens/s out, {now['prompt_per_s']:.1f} in",
+        f"{now['running']} running, {now['queued']} queued",
+        f"SLO {slo['met'] / judged:.2%} of {slo['objective']:.2%}" if judged else "SLO –",
+        "burn " + ", ".join(f"{name} {_number(rate, 1)}" for name, rate in slo["burn_rate"].items()),
+    ]
+    return Text("   ".join(parts), style="bold")
+
+
+def _charts(history: dict[str, Any]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    rows = (
+        ("tokens/s", "generation_per_s", "", 1.0),
+        ("queued", "queued", "", 1.0),
+        ("TTFT p50", "ttft_p50", "ms", 1000.0),
+        ("TTFT p99", "ttft_p99", "ms", 1000.0),
+        ("  queue p99", "queue_p99", "ms", 1000.0),
+        ("  engine p99", "engine_p99", "ms", 1000.0),
+        ("ITL p50", "itl_p50", "ms", 1000.0),
+        ("ITL p99", "itl_p99", "ms", 1000.0),
+    )
+    for title, name, unit, factor in rows:
+        values = [None if value is None else value * factor for value in history[name][-_CHART:]]
+        last = next((value for value in reversed(values) if value is not None), None)
+        table.add_row(title, Text(spark(values), style="cyan"), f"{_number(last, 1)} {unit}")
+    return Panel(table, title=f"last {_CHART * history['step_s'] / 60:.0f} minutes", title_align="left")
+
+
+def _replicas(replicas: list[dict[str, Any]]) -> RenderableType:
+    table = Table("replica", "state", title="Replicas", title_justify="left", expand=True)
+    for title in ("in flight", "running", "waiting", "KV use", "tokens/s in", "tokens/s out"):
+        table.add_column(title, justify="right")
+    for replica in replicas:
+        state = replica["state"] if replica["fresh"] or replica["state"] != "up" else "stale"
+        use = replica["kv_use"]
+        table.add_row(
+            replica["name"],
+            Text(state, style=_STATES.get(state, "bold red")),
+            str(replica["in_flight"]),
+            _number(replica["running"], 0),
+            _number(replica["waiting"], 0),
+            "–" if use is None else f"{use:.0%}",
+            _number(replica["prompt_per_s"], 1),
+            _number(replica["generation_per_s"], 1),
+        )
+    return table
+
+
+def _users(users: list[dict[str, Any]]) -> RenderableType:
+    table = Table("user", title="Users", title_justify="left", expand=True)
+    for title in ("tokens in", "tokens out", "share", "in flight", "queued", "refused", "SLO met"):
+        table.add_column(title, justify="right")
+    for user in users[:_USERS]:
+        judged = user["slo_met"] + user["slo_missed"]
+        table.add_row(
+            user["user"],
+            _number(user["prompt_tokens"], 0),
+            _number(user["generation_tokens"], 0),
+            f"{user['share']:.1%}",
+            str(user["in_flight"]),
+            str(user["queued"]),
+            _number(user["refused"], 0),
+            f"{user['slo_met'] / judged:.1%}" if judged else "–",
+        )
+    if len(users) > _USERS:
+        table.caption = f"and {len(users) - _USERS} more"
+    return table
+
+
+def spark(values: Sequence[float | None]) -> str:
+    """A line of bars from zero to the greatest value; nothing where there is no value."""
+    most = max((value for value in values if value is not None), default=0.0)
+    steps = len(_BARS) - 1
+    return "".join(" " if not value or not most else _BARS[max(1, round(value / most * steps))] for value in values)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"

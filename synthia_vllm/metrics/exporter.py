@@ -1,0 +1,142 @@
+"""The exporter of one gateway: `/metrics`, `/sd` and the live view, and what keeps them up to date."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import msgspec
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from synthia_vllm.metrics import series
+from synthia_vllm.metrics.cells import Counts, Table
+from synthia_vllm.metrics.exposition import OPENMETRICS, TEXT, Exposition, read_page, sample_lines
+from synthia_vllm.metrics.fleet import Fleet
+from synthia_vllm.metrics.history import STEP_S, History
+from synthia_vllm.metrics.live import live_view
+from synthia_vllm.metrics.local import LocalEngine
+from synthia_vllm.metrics.rates import TICK_S
+from synthia_vllm.metrics.recorder import Recorder, Waiting
+
+
+class Exporter:
+    """What a gateway's recorder, its process and its replicas tell, as one page.
+
+    Without a fleet the engine is in this process and tells in prometheus_client's registry. `async with` keeps the
+    window of tokens a second and the history of the live view going.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        waiting: Callable[[], Waiting],
+        *,
+        fleet: Fleet | None = None,
+        registry: CollectorRegistry = REGISTRY,
+        wait: float = 0.2,
+        more: Callable[[], Iterable[Table]] = tuple,
+    ) -> None:
+        self.recorder = recorder
+        self.fleet = fleet
+        self.history = History(recorder)
+        self._waiting = waiting
+        self._registry = registry
+        self._local = LocalEngine(registry)
+        self._wait = wait
+        self._more = more
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> "Exporter":
+        self._task = asyncio.create_task(self._keep())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self.fleet is not None:
+            await self.fleet.close()
+
+    async def page(self, openmetrics: bool = False) -> bytes:
+        """All series. Waits for the replicas, as long as was said at most; gives way to streams in between."""
+        if self.fleet is not None:
+            await self.fleet.refresh(self._wait)
+        page = Exposition(openmetrics)
+        for table in self.recorder.tables(self._waiting()):
+            await page.add_table(table)
+        if self.fleet is not None:
+            await self.fleet.add_to(page)
+        else:
+            for table in _local_replica():
+                await page.add_table(table)
+        for table in self._more():
+            await page.add_table(table)
+        await asyncio.sleep(0)
+        blocks = read_page(generate_latest(self._registry).decode())
+        await page.add_blocks((block, sample_lines(block.samples)) for block in blocks.values())
+        return page.bytes()
+
+    def targets(self) -> list[dict[str, Any]]:
+        """For Prometheus' HTTP service discovery. On one machine there is nothing beside `/metrics`."""
+        return self.fleet.targets() if self.fleet is not None else []
+
+    def live(self) -> dict[str, Any]:
+        """The live view: now, who, and the last 15 minutes."""
+        return live_view(self.recorder, self._waiting(), self.history, self.fleet, self._local)
+
+    async def _keep(self) -> None:
+        began = stepped = time.monotonic()
+        for tick in range(1, 2**62):
+            await asyncio.sleep(max(0.0, began + tick * TICK_S - time.monotonic()))
+            self.recorder.rates.tick()
+            if time.monotonic() - stepped < STEP_S - TICK_S / 2:
+                continue
+            stepped = time.monotonic()
+            if self.fleet is not None:
+                await self.fleet.refresh(self._wait)
+            waiting = self._waiting()
+            self.history.step(sum(waiting.in_flight.values()), sum(waiting.queued.values()))
+
+
+class Source(Protocol):
+    """Whatever can be exported: a gateway (Exporter), or engines that stand alone (Sidecar)."""
+
+    async def page(self, openmetrics: bool = False) -> bytes: ...
+
+    def targets(self) -> list[dict[str, Any]]: ...
+
+
+class MetricsRoutes:
+    """Answers `/metrics` (in OpenMetrics with exemplars to who asks for it) and `/sd`, and passes all else on.
+
+    A pure ASGI layer.
+    """
+
+    def __init__(self, app: ASGIApp, source: Source) -> None:
+        self.app = app
+        self.source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in ("/metrics", "/sd"):
+            return await self.app(scope, receive, send)
+        if scope["path"] == "/sd":
+            return await _answer(send, b"application/json", msgspec.json.encode(self.source.targets()))
+        openmetrics = any(
+            b"application/openmetrics-text" in value for name, value in scope["headers"] if name == b"accept"
+        )
+        return await _answer(send, OPENMETRICS if openmetrics else TEXT, await self.source.page(openmetrics))
+
+
+def _local_replica() -> tuple[Counts, Counts]:
+    states, up = Counts(series.REPLICAS), Counts(series.REPLICA_UP)
+    for state in ("up", "unproven", "draining", "out"):
+        states.cell(state).value = int(state == "up")
+    up.cell(series.LOCAL).value = 1
+    return states, up
+
+
+async def _answer(send: Send, kind: bytes, body: bytes) -> None:
+    headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,89 @@
+"""All that the gateway counts, in one place: what `/metrics` and the live view are made from."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from synthia_vllm.metrics import series
+from synthia_vllm.metrics.cells import Cap, Counts, Histogram, Histograms, Table, single
+from synthia_vllm.metrics.rates import TokenRates
+from synthia_vllm.metrics.slo import Budget
+from synthia_vllm.prompt import MODEL_ALIASES
+from synthia_vllm.settings import MetricsSettings, SloSettings
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Requests of all users at this moment, from the queue."""
+
+    in_flight: dict[str, int]
+    queued: dict[str, int]
+
+
+class Recorder:
+    """The tables of all series, and the names that labels may have. Used from one event loop."""
+
+    def __init__(
+        self, settings: MetricsSettings, slo: SloSettings, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.clock = clock
+        self.slo = slo
+        self.users = Cap(settings.max_users)
+        self.models = Cap(settings.max_models, tuple(MODEL_ALIASES))
+        self.rates = TokenRates(clock)
+        self.budget = Budget(slo.objective, clock)
+        self.requests = Counts(series.REQUESTS)
+        self.prompt_tokens = Counts(series.PROMPT_TOKENS)
+        self.generation_tokens = Counts(series.GENERATION_TOKENS)
+        self.first_token = Histograms(series.TIME_TO_FIRST_TOKEN)
+        self.gaps = Histograms(series.INTER_TOKEN_LATENCY)
+        self.duration = Histograms(series.REQUEST_DURATION)
+        self.queue_wait = Histograms(series.QUEUE_WAIT)
+        self.service = Counts(series.FAIR_SERVICE)
+        self.rejections = Counts(series.REJECTIONS)
+        self.slo_requests = Counts(series.SLO_REQUESTS)
+        # Time to first token without the wait in the queue; for the live view only.
+        self.engine_first_token = Histogram(series.TIME_TO_FIRST_TOKEN.buckets)
+
+    def user(self, name: str) -> str:
+        return self.users.admit(name)
+
+    def model(self, name: str, answered: bool) -> str:
+        """A client can ask for any name; one is known once the engine has answered to it."""
+        return self.models.admit(name) if answered else self.models.known(name)
+
+    def judge(self, user: str, met: bool) -> None:
+        # Both are there from the first on: a ratio needs its zero.
+        results = {result: self.slo_requests.cell(user, result) for result in ("met", "missed")}
+        results["met" if met else "missed"].value += 1
+        self.budget.add(met)
+
+    def tables(self, waiting: Waiting) -> Iterable[Table]:
+        """In the order of the docs."""
+        return (
+            self.requests,
+            self.prompt_tokens,
+            self.generation_tokens,
+            self.first_token,
+            self.gaps,
+            self.duration,
+            self.queue_wait,
+            self.rates.table(),
+            self._by_user(series.REQUESTS_IN_FLIGHT, waiting.in_flight),
+            self._by_user(series.REQUESTS_QUEUED, waiting.queued),
+            self.service,
+            self.rejections,
+            self.slo_requests,
+            single(series.SLO_OBJECTIVE, self.slo.objective),
+        )
+
+    def _by_user(self, family: series.Family, numbers: dict[str, int]) -> Counts:
+        """Zero for those who have none now: a gauge that goes and comes looks like an outage."""
+        sums = Counter(dict.fromkeys(self.users.names, 0))
+        for user, number in numbers.items():
+            sums[self.user(user)] += number
+        found = Counts(family)
+        for user, number in sums.items():
+            found.cell(user).value = number
+        return found
