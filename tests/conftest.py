@@ -9,11 +9,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
-pytest_plugins = ["tests.ray_cluster", "tests.redis_service", "tests.services"]
+if TYPE_CHECKING:
+    from tests.otlp_collector import Collector
+
+pytest_plugins = ["tests.otlp_collector", "tests.ray_cluster", "tests.redis_service", "tests.services"]
 
 START_TIMEOUT_S = 300
 
@@ -28,12 +32,15 @@ class RunningServer:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, collector: "Collector") -> Iterator[RunningServer]:
     """`synthia-vllm serve --port 0` with a small context, as a user would start it."""
     folder = tmp_path_factory.mktemp("serve")
     log, out = folder / "engine.log", folder / "out.txt"
     command = [sys.executable, "-m", "synthia_vllm", "serve", "--port", "0", "--log-file", str(log)]
     command += ["--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1"]
+    # Only requests that bring a trace of their own are traced.
+    command += ["--tracing.otlp-endpoint", collector.endpoint, "--tracing.protocol", "http/protobuf"]
+    command += ["--tracing.sample-ratio", "0"]
     environment = {**os.environ, "SYNTHIA_DATA": str(folder / "data")}
     with out.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)

@@ -75,7 +75,7 @@ class Exporter:
         await asyncio.sleep(0)
         blocks = read_page(generate_latest(self._registry).decode())
         await page.add_blocks((block, sample_lines(block.samples)) for block in blocks.values())
-        return page.bytes()
+        return await page.bytes()
 
     def targets(self) -> list[dict[str, Any]]:
         """For Prometheus' HTTP service discovery. On one machine there is nothing beside `/metrics`."""

@@ -96,10 +96,14 @@ class Exposition:
                 pieces.append(lines)
             await self._breathe()
 
-    def bytes(self) -> bytes:
-        # A family without samples has no place in OpenMetrics, nor any use.
-        text = "".join(piece for _, pieces in self._families.values() if len(pieces) > 1 for piece in pieces)
-        return (text + "# EOF\n" if self.openmetrics else text).encode()
+    async def bytes(self) -> bytes:
+        """The whole page."""
+        parts = []
+        for _, pieces in self._families.values():
+            if len(pieces) > 1:  # a family without samples has no place in OpenMetrics, nor any use
+                parts.append("".join(pieces).encode())
+                await asyncio.sleep(0)
+        return b"".join(parts) + (b"# EOF\n" if self.openmetrics else b"")
 
     def _pieces(self, name: str, kind: str, help_text: str) -> list[str] | None:
         found = self._families.get(name)

@@ -54,7 +54,7 @@ class Sidecar:
         page = Exposition(openmetrics)
         await page.add_table(self._rates.table())
         await self._fleet.add_to(page)
-        return page.bytes()
+        return await page.bytes()
 
     def targets(self) -> list[dict[str, Any]]:
         return self._fleet.targets()

@@ -83,3 +83,12 @@ def test_the_docs_name_only_commands_that_exist(page: Path) -> None:
     assert set(re.findall(r"synthia-vllm ([a-z]+)\b", text)) <= COMMANDS.keys()
     for module in re.findall(r"python -m (benchmarks\.\w+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists()
+
+
+def test_the_exporter_wants_an_engine_and_a_key_where_others_reach_it() -> None:
+    assert "--upstream" in run("exporter", "--port", "0").stderr
+    done = run(
+        "exporter", "--port", "0", "--host", "0.0.0.0", "--access.mode", "open", "--upstream", "http://127.0.0.1:1"
+    )
+    assert done.returncode == 2
+    assert "--insecure" in done.stderr

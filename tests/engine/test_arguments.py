@@ -42,3 +42,12 @@ def test_vllms_own_options_come_last_and_win(tmp_path: Path) -> None:
 def test_a_context_over_the_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="made for 4096"):
         plan_engine(settings(tmp_path, engine={"max_model_len": 5000}), machine(24))
+
+
+def test_the_engine_sends_its_spans_where_ours_go(tmp_path: Path) -> None:
+    tracing = {"otlp_endpoint": "http://collector:4318/v1/traces", "protocol": "http/protobuf"}
+    plan = plan_engine(settings(tmp_path, tracing=tracing), machine(24))
+    at = plan.arguments.index("--otlp-traces-endpoint")
+    assert plan.arguments[at + 1] == tracing["otlp_endpoint"]
+    assert plan.environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
+    assert "--otlp-traces-endpoint" not in plan_engine(settings(tmp_path), machine(24)).arguments

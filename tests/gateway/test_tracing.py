@@ -1,10 +1,8 @@
 """Spans that a real OTLP collector receives, over HTTP and over gRPC."""
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +22,35 @@ from synthia_vllm.gateway.upstream import HttpUpstream
 from synthia_vllm.settings import Settings, TracingSettings
 from tests.gateway.asgi import post
 from tests.gateway.live import serving
+from tests.otlp_collector import Collector, Spans, collecting
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 BODY = {"model": "synthia", "prompt": "x", "max_tokens": 4, "stream": True}
-Spans = list[Any]
 
 
 @contextmanager
 def over_http(spans: Spans) -> Iterator[dict[str, str]]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            take(spans, Request.FromString(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield {"otlp_endpoint": f"http://127.0.0.1:{server.server_port}/v1/traces", "protocol": "http/protobuf"}
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with collecting() as collector:
+        collector.spans = spans
+        yield {"otlp_endpoint": collector.endpoint, "protocol": "http/protobuf"}
 
 
 @contextmanager
 def over_grpc(spans: Spans) -> Iterator[dict[str, str]]:
-    class Collector(service.TraceServiceServicer):
+    collector = Collector(0)
+    collector.spans = spans
+
+    class Servicer(service.TraceServiceServicer):
         def Export(self, request: Request, context: Any) -> Response:
-            take(spans, request)
+            collector.take(request)
             return Response()
 
     server = grpc.server(futures.ThreadPoolExecutor(1))
-    service.add_TraceServiceServicer_to_server(Collector(), server)
+    service.add_TraceServiceServicer_to_server(Servicer(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield {"otlp_endpoint": f"http://127.0.0.1:{port}", "protocol": "grpc"}
     server.stop(None).wait()
-
-
-def take(spans: Spans, request: Request) -> None:
-    spans += [span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans]
 
 
 def settings(folder: Path, **tracing: Any) -> Settings:

@@ -73,7 +73,7 @@ async def together(openmetrics: bool) -> str:
         await exposition.add_blocks(
             (block, sample_lines(block.samples, f'replica="{name}"')) for block in blocks.values()
         )
-    return exposition.bytes().decode()
+    return (await exposition.bytes()).decode()
 
 
 @pytest.mark.parametrize(("openmetrics", "parse"), [(False, parse_text), (True, parse_openmetrics)])
@@ -107,6 +107,6 @@ async def test_of_two_kinds_under_one_name_the_first_stands(openmetrics: bool) -
     for kind, value in (("gauge", 1), ("histogram", 2), ("gauge", 3)):
         blocks = read_page(f"# HELP their_x X.\n# TYPE their_x {kind}\ntheir_x {value}\n")
         await exposition.add_blocks((block, sample_lines(block.samples, f'r="{value}"')) for block in blocks.values())
-    text = exposition.bytes().decode()
+    text = (await exposition.bytes()).decode()
     assert text.count("# TYPE") == 1
     assert [line for line in text.splitlines() if not line.startswith("#")] == ['their_x{r="1"} 1', 'their_x{r="3"} 3']

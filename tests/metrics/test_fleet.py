@@ -50,7 +50,7 @@ async def page(fleet: Fleet, wait: float = 5.0) -> str:
     await fleet.refresh(wait)
     exposition = Exposition(False)
     await fleet.add_to(exposition)
-    return exposition.bytes().decode()
+    return (await exposition.bytes()).decode()
 
 
 async def test_a_dead_replicas_counters_stay_and_its_gauges_go() -> None:
