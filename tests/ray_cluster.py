@@ -26,8 +26,8 @@ class RunningCluster:
     data: Path
     announcement: str
 
-    def run(self, *words: str, timeout: float = _UP_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
-        return run_command(self.data, *words, timeout=timeout)
+    def run(self, *words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return run_command(self.data, *words, environment=environment)
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
@@ -39,10 +39,12 @@ class RunningCluster:
         return found
 
 
-def run_command(data: Path, *words: str, timeout: float = _UP_TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+def run_command(
+    data: Path, *words: str, timeout: float = _UP_TIMEOUT_S, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "synthia_vllm", "cluster", *words],
-        env={**os.environ, "SYNTHIA_DATA": str(data)},
+        env={**os.environ, "SYNTHIA_DATA": str(data), **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,

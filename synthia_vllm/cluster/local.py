@@ -46,6 +46,10 @@ class LocalRay:
     processes: dict[str, float]  # pid: created
 
     @property
+    def logs(self) -> Path:
+        return Path(self.folder, "r", "session_latest", "logs")
+
+    @property
     def token(self) -> str | None:
         """What Ray asks for, of whoever speaks to one of its ports."""
         path = _token_file(Path(self.folder))
@@ -69,10 +73,12 @@ def find() -> LocalRay | None:
 
 def start(environment: Mapping[str, str], secrets: Mapping[str, str], secrets_hash: str, port: int) -> LocalRay:
     """Starts it; takes a few seconds. Raises SetupError with Ray's own words."""
+    # Nobody else may enter it: Ray lets everybody write in its own, and HAProxy's socket takes orders from anybody.
     folder = Path(tempfile.mkdtemp(prefix="synthia-ray-", dir=_SHORT_FOLDER))
     ports = free_ports(8)
     # As on macOS: a Ray of one machine, on its loopback address.
-    _token_file(folder).write_text(token_hex(32))  # the folder is ours alone
+    with os.fdopen(os.open(_token_file(folder), os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+        file.write(token_hex(32))
     given = {
         _MARK: str(folder),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -89,7 +95,7 @@ def start(environment: Mapping[str, str], secrets: Mapping[str, str], secrets_ha
         *(f"--dashboard-host={_HOST}", f"--dashboard-agent-listen-port={ports[2]}"),
         # The system chooses; Ray's fixed range may be another Ray's.
         *("--min-worker-port=0", "--max-worker-port=0"),
-        *(f"--temp-dir={folder}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
+        *(f"--temp-dir={folder / 'r'}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
         *("--disable-usage-stats", "--include-log-monitor=false", "--log-color=false"),
     ]
     try:
@@ -148,8 +154,7 @@ def free_ports(count: int) -> list[int]:
 
 def worker_log(ray: LocalRay, pid: int) -> str:
     """What a worker process printed, for instance vLLM on its way up; empty where there is nothing."""
-    logs = Path(ray.folder, "session_latest", "logs")
-    texts = (path.read_text(errors="replace") for path in sorted(logs.glob(f"worker-*-{pid}.*")))
+    texts = (path.read_text(errors="replace") for path in sorted(ray.logs.glob(f"worker-*-{pid}.*")))
     return "\n".join(texts)
 
 

@@ -62,7 +62,10 @@ class _View:
     def show(self, found: dict[str, ApplicationStatus]) -> None:
         lines = {}
         for application in found.values():
-            lines[application.name] = f"{application.running()} of {application.target} replicas run"
+            if application.deployment_state == "NOT_STARTED":  # its builder runs
+                lines[application.name] = "being built"
+            else:
+                lines[application.name] = f"{application.running()} of {application.target} replicas run"
             for replica in application.replicas:
                 if replica.state != "RUNNING":
                     lines[f"{application.name} {replica.name}"] = self._phase(replica)
@@ -93,7 +96,7 @@ def _engine_phase(local: LocalRay | None, pid: int) -> str | None:
 def _raise_failure(found: dict[str, ApplicationStatus], local: LocalRay | None) -> None:
     for application in found.values():
         if "DEPLOY_FAILED" in (application.state, application.deployment_state):
-            where = f"\nLogs: {local.folder}/session_latest/logs" if local is not None else ""
+            where = f"\nLogs: {local.logs}" if local is not None else ""
             raise SetupError(f"the {application.name} application failed: {_cause(application.message)}{where}")
 
 

@@ -87,6 +87,10 @@ class ServeApi:
                 f"Ray's dashboard at {self.address} does not answer ({error or type(error).__name__}); "
                 "--cluster.address takes its HOST:PORT, and `synthia-vllm cluster up` without it starts a local Ray"
             ) from None
+        if reply.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise SetupError(
+                f"Ray at {self.address} asks for its token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file"
+            )
         if reply.status_code != httpx.codes.OK:
             raise SetupError(f"Ray Serve at {self.address} refused: {reply.text.strip()[-2000:]}")
         return reply

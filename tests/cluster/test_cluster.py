@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -93,18 +94,29 @@ def test_the_engine_is_closed_to_strangers(cluster: RunningCluster, client: http
         assert reply.status_code == 401
 
 
-def test_nothing_listens_for_the_rest_of_the_world(cluster: RunningCluster) -> None:
-    """A cluster without keys is for this machine only. HAProxy's figures are the exception: Serve can't bind them."""
-    mine = set(_pids(cluster))
-    known = {int(port) for port in _haproxy_side_ports(cluster)}
-    open_ports = {
-        connection.laddr.port
+def test_what_serves_without_keys_is_for_this_machine_only(cluster: RunningCluster) -> None:
+    """HAProxy's figures and the port between Serve's replicas, which asks for Ray's token, can't be bound by us."""
+    mine, gateway = set(_pids(cluster)), int(cluster.url.rpartition(":")[2])
+    listening = [
+        (connection.laddr.ip, connection.laddr.port)
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN
-        and connection.pid in mine
-        and connection.laddr.ip not in ("127.0.0.1", "::1")
-    }
-    assert open_ports <= known
+        if connection.status == psutil.CONN_LISTEN and connection.pid in mine
+    ]
+    assert ("127.0.0.1", gateway) in listening
+    known = {gateway, int(cluster.state()["dashboard"].rpartition(":")[2]), *range(30000, 31000)}
+    assert {ip for ip, port in listening if port in known} == {"127.0.0.1"}
+
+
+def test_the_dashboard_asks_for_rays_token(cluster: RunningCluster) -> None:
+    state = cluster.state()
+    token = str(Path(state["folder"], "token"))
+    known = {"RAY_AUTH_TOKEN_PATH": token}
+    assert cluster.run("status", "--address", state["dashboard"], environment=known).returncode == 0
+    refused = cluster.run("status", "--address", state["dashboard"], environment={"RAY_AUTH_TOKEN_PATH": "/nowhere"})
+    assert refused.returncode == 2
+    assert "RAY_AUTH_TOKEN" in refused.stderr
+    assert Path(token).stat().st_mode & 0o077 == 0
+    assert Path(state["folder"]).stat().st_mode & 0o077 == 0
 
 
 def test_headers_that_trickle_are_cut(cluster: RunningCluster) -> None:
@@ -189,12 +201,3 @@ def _pids(cluster: RunningCluster) -> list[int]:
             process = psutil.Process(int(pid))
             found += [process.pid, *(child.pid for child in process.children(recursive=True))]
     return found
-
-
-def _haproxy_side_ports(cluster: RunningCluster) -> list[str]:
-    for pid in _pids(cluster):
-        environment = psutil.Process(pid).environ()
-        names = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
-        if all(name in environment for name in names):
-            return [environment[name] for name in names]
-    return []
