@@ -1,7 +1,7 @@
 # `make serve` and `make test` are all a new machine needs: they install what is missing, once.
 PYTHON ?= python3
 PORT ?= 8000
-REPLICAS ?= 1
+REPLICAS ?=
 MODEL ?=
 ARGS ?=
 K ?=
@@ -25,7 +25,7 @@ serve: $(INSTALLED) ## Serve the model: PORT=8000 MODEL=folder-or-id ARGS="more 
 	@exec $(BIN)/synthia-vllm serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 cluster: $(INSTALLED) ## Serve with several replicas on Ray: REPLICAS=2 PORT=8000 MODEL=folder-or-id ARGS="more options"
-	@exec $(BIN)/synthia-vllm cluster up --replicas $(REPLICAS) --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+	@exec $(BIN)/synthia-vllm cluster up $(if $(REPLICAS),--replicas $(REPLICAS)) --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(INSTALLED_DEV) ## Run all tests, the end-to-end ones included; K=name for some
 	$(BIN)/python -m pytest $(if $(K),-k "$(K)")

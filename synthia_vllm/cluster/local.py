@@ -12,8 +12,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from secrets import token_hex
 
@@ -72,55 +72,33 @@ def find() -> LocalRay | None:
 
 
 def start(environment: Mapping[str, str], secrets: Mapping[str, str], secrets_hash: str, port: int) -> LocalRay:
-    """Starts it; takes a few seconds. Raises SetupError with Ray's own words."""
+    """Starts it; takes a few seconds. Raises SetupError with Ray's own words, and leaves nothing behind then."""
     # Nobody else may enter it: Ray lets everybody write in its own, and HAProxy's socket takes orders from anybody.
     folder = Path(tempfile.mkdtemp(prefix="synthia-ray-", dir=_SHORT_FOLDER))
     ports = free_ports(8)
-    # As on macOS: a Ray of one machine, on its loopback address.
     with os.fdopen(os.open(_token_file(folder), os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
         file.write(token_hex(32))
-    given = {
-        _MARK: str(folder),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Serve's replicas listen on all interfaces for one another, and unpickle what comes from there.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(_token_file(folder)),
-        **environment,
-        **_haproxy_environment(folder / "h", ports[4:]),
-    }
-    inherited = {key: value for key, value in os.environ.items() if _inherited(key)}
-    words = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head"),
-        *(f"--port={ports[0]}", f"--ray-client-server-port={ports[3]}", f"--dashboard-port={ports[1]}"),
-        *(f"--dashboard-host={_HOST}", f"--dashboard-agent-listen-port={ports[2]}"),
-        # The system chooses; Ray's fixed range may be another Ray's.
-        *("--min-worker-port=0", "--max-worker-port=0"),
-        *(f"--temp-dir={folder / 'r'}", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
-        *("--disable-usage-stats", "--include-log-monitor=false", "--log-color=false"),
-    ]
+    ray = LocalRay(f"{_HOST}:{ports[0]}", str(folder), port, dict(environment), secrets_hash, {})
     try:
         done = subprocess.run(
-            words,
-            env={**inherited, **given, **secrets},
+            _start_command(folder, ports),
+            env={**_inherited_environment(), **_own_environment(folder, ports), **environment, **secrets},
             capture_output=True,
             text=True,
             timeout=_START_TIMEOUT_S,
             check=False,
+            start_new_session=True,  # the terminal's Ctrl-C is for us: Ray goes on
         )
-        output, failed = done.stdout + done.stderr, done.returncode != 0
+        if done.returncode:
+            raise SetupError(f"Ray did not start: {_last_line(done.stdout + done.stderr)}")
     except subprocess.TimeoutExpired:
-        output, failed = f"nothing for {_START_TIMEOUT_S} s", True
-    ray = LocalRay(
-        dashboard=f"{_HOST}:{ports[1]}",
-        folder=str(folder),
-        port=port,
-        environment=dict(environment),
-        secrets=secrets_hash,
-        processes={str(process.pid): process.create_time() for process in _processes_of(folder)},
-    )
-    if failed:
         stop(ray)
-        raise SetupError(f"Ray did not start: {_last_line(output)}")
+        raise SetupError(f"Ray did not start within {_START_TIMEOUT_S} s") from None
+    except BaseException:
+        stop(ray)
+        raise
+    processes = {str(process.pid): process.create_time() for process in _processes_of(folder)}
+    ray = replace(ray, processes=processes)
     _state_file().write_text(json.dumps(asdict(ray)))
     return ray
 
@@ -158,27 +136,49 @@ def worker_log(ray: LocalRay, pid: int) -> str:
     return "\n".join(texts)
 
 
-def _haproxy_environment(folder: Path, ports: Iterable[int]) -> dict[str, str]:
-    """HAProxy's files and side ports, which Serve else puts where any other Serve on this machine has them."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _start_command(folder: Path, ports: Sequence[int]) -> list[str]:
+    return [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--temp-dir={folder / 'r'}"),
+        *(f"--dashboard-host={_HOST}", f"--dashboard-port={ports[0]}", f"--dashboard-agent-listen-port={ports[1]}"),
+        *(f"--port={ports[2]}", f"--ray-client-server-port={ports[3]}"),
+        # The system chooses; Ray's fixed range may be another Ray's.
+        *("--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={_OBJECT_STORE_BYTES}"),
+        *("--disable-usage-stats", "--include-log-monitor=false", "--log-color=false"),
+    ]
+
+
+def _own_environment(folder: Path, ports: Sequence[int]) -> dict[str, str]:
+    """What is true of this Ray only: its address, its token, and where HAProxy's files and side ports are.
+
+    Serve else puts those where any other Serve on this machine has them.
+    """
+    files = folder / "h"
+    files.mkdir()
     names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT")
     return {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        _MARK: str(folder),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as on macOS: one machine, on its loopback address
+        # Serve's replicas listen on all interfaces for one another, and unpickle what comes from there.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(_token_file(folder)),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(files / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(files / "a.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(files / "m.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(files),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(files / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        **{f"RAY_SERVE_{name}": str(port) for name, port in zip(names, ports, strict=True)},
+        **{f"RAY_SERVE_{name}": str(port) for name, port in zip(names, ports[4:], strict=True)},
+    }
+
+
+def _inherited_environment() -> dict[str, str]:
+    return {
+        name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(("SYNTHIA_", "RAY_"))
     }
 
 
 def _token_file(folder: Path) -> Path:
     return folder / "token"
-
-
-def _inherited(variable: str) -> bool:
-    return variable in _KEPT or not variable.startswith(("SYNTHIA_", "RAY_"))
 
 
 def _state_file() -> Path:

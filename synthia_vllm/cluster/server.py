@@ -24,6 +24,7 @@ from synthia_vllm.engine.tokens import bos_lead
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import Settings
 
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 OWN_CONFIG = "synthia"  # our part of LLMConfig.experimental_configs
 
 
@@ -54,7 +55,8 @@ class Engine(LLMServer):  # type: ignore[misc]
     def _take_share(self, llm_config: LLMConfig, *, keep_cache: bool) -> None:
         """Replicas on one machine without GPUs divide its cores and its memory; else each would plan to use all."""
         share = machine_share(self._settings)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = share.cpus
+        if os.environ.get(_BINDING, "auto") == "auto":  # a binding that Ray was started with wins
+            os.environ[_BINDING] = share.cpus
         if keep_cache:
             return
         machine = inspect_machine()
