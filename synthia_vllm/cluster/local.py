@@ -80,20 +80,8 @@ def start(environment: Mapping[str, str], secrets: Mapping[str, str], secrets_ha
         file.write(token_hex(32))
     ray = LocalRay(f"{_HOST}:{ports[0]}", str(folder), port, dict(environment), secrets_hash, {})
     try:
-        done = subprocess.run(
-            _start_command(folder, ports),
-            env={**_inherited_environment(), **_own_environment(folder, ports), **environment, **secrets},
-            capture_output=True,
-            text=True,
-            timeout=_START_TIMEOUT_S,
-            check=False,
-            start_new_session=True,  # the terminal's Ctrl-C is for us: Ray goes on
-        )
-        if done.returncode:
-            raise SetupError(f"Ray did not start: {_last_line(done.stdout + done.stderr)}")
-    except subprocess.TimeoutExpired:
-        stop(ray)
-        raise SetupError(f"Ray did not start within {_START_TIMEOUT_S} s") from None
+        given = {**_own_environment(folder, ports), **environment, **secrets}
+        _run(_start_command(folder, ports), {**_inherited_environment(), **given})
     except BaseException:
         stop(ray)
         raise
@@ -134,6 +122,23 @@ def worker_log(ray: LocalRay, pid: int) -> str:
     """What a worker process printed, for instance vLLM on its way up; empty where there is nothing."""
     texts = (path.read_text(errors="replace") for path in sorted(ray.logs.glob(f"worker-*-{pid}.*")))
     return "\n".join(texts)
+
+
+def _run(words: list[str], environment: Mapping[str, str]) -> None:
+    try:
+        done = subprocess.run(
+            words,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_START_TIMEOUT_S,
+            check=False,
+            start_new_session=True,  # the terminal's Ctrl-C is for us: Ray goes on
+        )
+    except subprocess.TimeoutExpired:
+        raise SetupError(f"Ray did not start within {_START_TIMEOUT_S} s") from None
+    if done.returncode:
+        raise SetupError(f"Ray did not start: {_last_line(done.stdout + done.stderr)}")
 
 
 def _start_command(folder: Path, ports: Sequence[int]) -> list[str]:
