@@ -33,6 +33,9 @@ class RunningCluster:
         found: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
         return found
 
+    def healthy(self) -> bool:
+        return self.run("status", "--json").returncode == 0
+
     def state(self) -> dict[str, Any]:
         """What `up` wrote down about its Ray."""
         found: dict[str, Any] = json.loads((self.data / "cluster.json").read_text())

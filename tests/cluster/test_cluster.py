@@ -164,7 +164,7 @@ def test_a_killed_replica_is_replaced_and_no_stream_breaks(cluster: RunningClust
         os.kill(victim["pid"], signal.SIGKILL)
         for future in streams:
             assert future.result()[-1] == "data: [DONE]"
-    wait_until(lambda: cluster.status()["healthy"])
+    wait_until(cluster.healthy)
     assert victim["name"] not in {replica["name"] for replica in replicas(cluster)}
 
 
@@ -175,7 +175,7 @@ def test_a_dead_engine_core_makes_its_replica_be_replaced(cluster: RunningCluste
     )
     core.kill()
     wait_until(lambda: victim["name"] not in {replica["name"] for replica in replicas(cluster)})
-    wait_until(lambda: cluster.status()["healthy"])
+    wait_until(cluster.healthy)
     chat(client)
 
 
@@ -187,7 +187,7 @@ def test_the_gateway_serves_while_the_controller_is_gone(cluster: RunningCluster
     for _ in range(10):
         chat(client)
         time.sleep(0.5)
-    wait_until(lambda: cluster.status().get("healthy", False))
+    wait_until(cluster.healthy)
 
 
 def _port(connection: Any) -> int:
