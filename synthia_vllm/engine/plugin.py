@@ -2,15 +2,30 @@
 
 import multiprocessing
 import os
+import signal
+import threading
+from multiprocessing.process import BaseProcess
 
 ENGINE_VARIABLE = "SYNTHIA_ENGINE"
 
 
 def register() -> None:
-    """Moves the engine's processes out of the terminal's process group, for engines that we started.
+    """Ties the engine's processes to the server that started them, and to nothing else; for engines that we started.
 
-    Ctrl-C reaches every process of the group at once; vLLM's workers then end in the middle of running requests
-    (`v1/executor/multiproc_executor.py`, `signal_handler`). Only the server may decide: it drains first.
+    Out of the terminal's process group: Ctrl-C reaches every process of the group at once, and vLLM's workers then end
+    in the middle of running requests (`v1/executor/multiproc_executor.py`, `signal_handler`). Only the server may
+    decide: it drains first.
+
+    And gone with it: an engine core whose server was killed (`kill -9`, out of memory) otherwise waits for requests
+    for ever, with the weights and the KV cache in memory that the next one needs.
     """
-    if os.environ.get(ENGINE_VARIABLE) and multiprocessing.parent_process() is not None:
-        os.setpgid(0, 0)
+    parent = multiprocessing.parent_process()
+    if not os.environ.get(ENGINE_VARIABLE) or parent is None or os.getpgrp() == os.getpid():
+        return
+    os.setpgid(0, 0)
+    threading.Thread(target=_end_with, args=(parent,), name="synthia-end-with-parent", daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()  # its end of a pipe closes, whatever ended it
+    os.kill(os.getpid(), signal.SIGKILL)
