@@ -291,6 +291,10 @@ class ReplicaPool:
         if replica.state != "draining":
             replica.state = "out"
             self._tell_capacity()
+        if reason == "hung" and not self.up():
+            # It may be slow and not dead, and elsewhere is nobody: what it has it can only lose. The next canary, soon,
+            # asks again.
+            return
         replica.take_legs_away(reason)
 
     async def _model(self, replica: Replica) -> str | None:

@@ -46,6 +46,24 @@ async def test_sigstop(replicas: ReplicaSet) -> None:
     assert gained(before, "hung") > 0
 
 
+async def test_the_last_replica_hangs_for_a_while(replicas: ReplicaSet) -> None:
+    async with house(replicas) as running:
+        for name in list(replicas.listing())[1:]:
+            replicas.retire(name)
+        await until(lambda: len(running.pool.replicas()) == 1)
+        streams = running.load()
+        await running.busy()
+        before, name = resumes(), running.busiest()
+        for _ in range(3):  # to take its streams away would give them back to it, each time without a token
+            replicas.stop(name)
+            await until(lambda: not running.pool.up())
+            replicas.go_on(name)
+            await until(lambda: len(running.pool.up()) == 1)
+        assert_whole(await streams)
+        await running.calm(1)
+    assert resumes() == before
+
+
 async def test_sigstop_for_a_moment_moves_nobody(replicas: ReplicaSet) -> None:
     before = resumes()
     async with house(replicas, cluster={"canary_deadline_s": 30.0}) as running:
