@@ -7,6 +7,7 @@ import threading
 from multiprocessing.process import BaseProcess
 
 ENGINE_VARIABLE = "SYNTHIA_ENGINE"
+_LOOK_S = 2.0
 
 
 def register() -> None:
@@ -27,5 +28,6 @@ def register() -> None:
 
 
 def _end_with(parent: BaseProcess) -> None:
-    parent.join()  # its end of a pipe closes, whatever ended it
+    while os.getppid() == parent.pid:
+        parent.join(_LOOK_S)  # its end of a pipe closes, whatever ended it; unless another child holds that end too
     os.kill(os.getpid(), signal.SIGKILL)
