@@ -211,7 +211,7 @@ class ClusterSettings(BaseModel):
     ] = 2.0
     canary_deadline_s: Annotated[
         PositiveFloat, Field(description="without that token by then it is out, and its streams go on elsewhere")
-    ] = 5.0
+    ] = 10.0
     handover_s: Annotated[
         NonNegativeFloat, Field(description="streams of a replica that is to stop move to another one after so long")
     ] = 5.0
