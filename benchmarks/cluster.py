@@ -36,12 +36,11 @@ from benchmarks.normal_ingress import ROUTE as NORMAL_ROUTE
 from benchmarks.normal_ingress import as_config
 from benchmarks.serving import LOADS, machine, measure, rotated
 from synthia_vllm import __version__
-from synthia_vllm.cluster.config import ENGINE, ENGINE_ROUTE, serve_config
-from synthia_vllm.cluster.discovery import replica_urls
+from synthia_vllm.cluster import local
+from synthia_vllm.cluster.config import ENGINE_ROUTE, serve_config
 from synthia_vllm.cluster.guard import engine_key
 from synthia_vllm.cluster.planning import plan_replica
 from synthia_vllm.cluster.rest import ServeApi
-from synthia_vllm.cluster.serve_internals import next_target_groups
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.hardware import inspect_machine
 from synthia_vllm.settings import Settings, load_settings
@@ -111,7 +110,8 @@ def up(words: list[str]) -> None:
 def throughput(settings: Settings, plan: EnginePlan, rounds: int, console: Console) -> dict[str, list[float]]:
     """Tokens a second at each way in."""
     base = f"http://127.0.0.1:{settings.port}"
-    api = ServeApi(_dashboard())
+    ray = _local_ray()
+    api = ServeApi(ray.dashboard, ray.token)
     config = serve_config(settings)
     config["applications"].append(as_config(plan.name))
     api.deploy(config)
@@ -136,9 +136,9 @@ def prefix_cache(words: list[str], settings: Settings, model: str, console: Cons
     found = {}
     for routing in ("affinity", "round_robin"):
         up([*words, "--port", str(settings.port), "--cluster.routing", routing])
-        before = _cache_counters(settings)
+        before = _cache_counters(settings.port)
         asyncio.run(_converse(f"http://127.0.0.1:{settings.port}", model, routing))
-        after = _cache_counters(settings)
+        after = _cache_counters(settings.port)
         hits, queries = (now - then for now, then in zip(after, before, strict=True))
         found[routing] = round(hits / queries, 3)
         console.print(f"prefix cache with {routing}: {found[routing]:.1%} of {queries:.0f} tokens", highlight=False)
@@ -163,43 +163,21 @@ async def _converse(url: str, model: str, salt: str) -> None:
         await asyncio.gather(*(conversation(number) for number in range(CONVERSATIONS)))
 
 
-def _cache_counters(settings: Settings) -> tuple[float, float]:
-    """Hits and queries of all replicas' prefix caches, in tokens."""
-    headers = {"Authorization": f"Bearer {engine_key(settings)}"}
+def _cache_counters(port: int) -> tuple[float, float]:
+    """Hits and queries of all replicas' prefix caches, in tokens, as the gateway's own page tells them."""
     hits = queries = 0.0
-    for url in _replicas().values():
-        for family in text_string_to_metric_families(httpx.get(f"{url}/metrics", headers=headers).text):
-            for sample in family.samples:
-                hits += sample.value if sample.name == "vllm:prefix_cache_hits_total" else 0
-                queries += sample.value if sample.name == "vllm:prefix_cache_queries_total" else 0
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            hits += sample.value if sample.name == "vllm:prefix_cache_hits_total" else 0
+            queries += sample.value if sample.name == "vllm:prefix_cache_queries_total" else 0
     return hits, queries
 
 
-def _replicas() -> dict[str, str]:
-    import ray
-
-    if not ray.is_initialized():
-        from synthia_vllm.cluster import local
-
-        found = local.find()
-        assert found is not None
-        ray.init(address=_gcs_address(found.folder), log_to_driver=False, configure_logging=False)
-    change = asyncio.run(next_target_groups(-1))
-    assert change is not None
-    return replica_urls(change[1], ENGINE, ENGINE_ROUTE)
-
-
-def _gcs_address(folder: str) -> str:
-    """Where a local Ray's head is, as Ray itself notes it."""
-    return Path(folder, "ray_current_cluster").read_text().strip()
-
-
-def _dashboard() -> str:
-    from synthia_vllm.cluster import local
-
+def _local_ray() -> local.LocalRay:
     found = local.find()
     assert found is not None
-    return found.dashboard
+    return found
 
 
 def _wait_for(url: str) -> None:
