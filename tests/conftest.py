@@ -17,7 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.otlp_collector import Collector
 
-pytest_plugins = ["tests.chromium_service", "tests.redis_service", "tests.services", "tests.otlp_collector"]
+pytest_plugins = ["tests.services", "tests.chromium_service", "tests.redis_service", "tests.otlp_collector"]
 
 START_TIMEOUT_S = 300
 
