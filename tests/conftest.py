@@ -17,7 +17,13 @@ import pytest
 if TYPE_CHECKING:
     from tests.otlp_collector import Collector
 
-pytest_plugins = ["tests.otlp_collector", "tests.ray_cluster", "tests.redis_service", "tests.services"]
+pytest_plugins = [
+    "tests.chromium_service",
+    "tests.otlp_collector",
+    "tests.ray_cluster",
+    "tests.redis_service",
+    "tests.services",
+]
 
 START_TIMEOUT_S = 300
 

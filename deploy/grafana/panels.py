@@ -1,7 +1,8 @@
 """The one list of panels: what each dashboard shows, in the order in which it shows it.
 
 `$user` and `$replica` are the dashboards' variables; on one machine the engine's own series have no `replica` label,
-which `.*` matches as well. Rates are over `$__rate_interval`, at least four scrapes.
+which `.*` matches as well. Rates are over `$__rate_interval`, at least four scrapes. Names with colons are recorded by
+`deploy/prometheus/rules`.
 """
 
 from dataclasses import dataclass

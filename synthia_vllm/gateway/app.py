@@ -31,7 +31,7 @@ from synthia_vllm.gateway.store.key_cache import KeyCache
 from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.usage import spent_tokens
-from synthia_vllm.gateway.tracing import open_tracing
+from synthia_vllm.gateway.tracing import check_tracing, open_tracing
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Table, single
 from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
@@ -60,6 +60,7 @@ def check_stores(settings: Settings) -> str:
 
     Raises SetupError that names the option.
     """
+    check_tracing(settings.tracing)
     database = open_database(settings.access.database)
     load_secret(settings)
     database.dispose()

@@ -7,6 +7,7 @@ What was said is never in a span.
 """
 
 import asyncio
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -27,22 +28,17 @@ class Tracing:
     """Makes the spans of this process. Its provider is its own: vLLM sets the global one."""
 
     def __init__(self, settings: TracingSettings, exporter: Any = None) -> None:
-        try:
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-            from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
 
-            self._provider = TracerProvider(
-                sampler=ParentBasedTraceIdRatio(settings.sample_ratio),
-                resource=Resource.create({"service.name": "synthia-gateway"}),
-                shutdown_on_exit=False,
-            )
-            self._provider.add_span_processor(BatchSpanProcessor(exporter or _exporter(settings)))
-        except ImportError as error:
-            raise SetupError(
-                f"--tracing.otlp-endpoint: {error.name} is missing; pip install 'synthia-vllm[tracing]'"
-            ) from None
+        self._provider = TracerProvider(
+            sampler=ParentBasedTraceIdRatio(settings.sample_ratio),
+            resource=Resource.create({"service.name": "synthia-gateway"}),
+            shutdown_on_exit=False,
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(exporter or _exporter(settings)))
         self._tracer = self._provider.get_tracer("synthia_vllm")
 
     def open(self, call: "Call", method: str, headers: Mapping[bytes, bytes]) -> None:
@@ -136,13 +132,25 @@ class Trace:
         return int((self._call.arrived_at + moment - self._call.arrived) * 1e9)
 
 
-def open_tracing(settings: TracingSettings) -> Tracing | None:
-    """None where no endpoint is set. Raises SetupError for one that can't be."""
+def check_tracing(settings: TracingSettings) -> None:
+    """Raises SetupError where traces can't be sent as set; asks no collector."""
     if settings.otlp_endpoint is None:
-        return None
+        return
     if urlsplit(settings.otlp_endpoint).scheme not in ("http", "https"):
         raise SetupError(f"--tracing.otlp-endpoint {settings.otlp_endpoint}: a URL like http://127.0.0.1:4317")
-    return Tracing(settings)
+    for package in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise SetupError(
+                f"--tracing.otlp-endpoint: {package} is missing; pip install 'synthia-vllm[tracing]'"
+            ) from None
+
+
+def open_tracing(settings: TracingSettings) -> Tracing | None:
+    """None where no endpoint is set. Raises SetupError as check_tracing does."""
+    check_tracing(settings)
+    return Tracing(settings) if settings.otlp_endpoint is not None else None
 
 
 def _exporter(settings: TracingSettings) -> Any:

@@ -54,7 +54,12 @@ def test_a_taken_port_is_known_before_anything_loads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--access.database", "sqlite:////nowhere/at/all.db"), ("--limits.redis", "nonsense")]
+    ("option", "value"),
+    [
+        ("--access.database", "sqlite:////nowhere/at/all.db"),
+        ("--limits.redis", "nonsense"),
+        ("--tracing.otlp-endpoint", "x:4317"),
+    ],
 )
 def test_a_store_that_is_not_there_is_known_before_anything_loads(option: str, value: str) -> None:
     done = run("serve", "--port", "0", option, value)

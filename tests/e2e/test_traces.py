@@ -39,6 +39,12 @@ def test_the_engines_own_series_stand_beside_ours(client: httpx.Client) -> None:
     assert gained == {"synthia": 3, "vllm": 3}
 
 
+def test_the_live_view_knows_the_engine_in_this_process(client: httpx.Client) -> None:
+    (replica,) = client.get("/admin/live").json()["replicas"]
+    assert (replica["name"], replica["running"], replica["waiting"]) == ("local", 0, 0)
+    assert 0 <= replica["kv_use"] < 1
+
+
 def value(client: httpx.Client, prefix: str) -> float:
     name = {"synthia": "synthia_generation_tokens_total", "vllm": "vllm:generation_tokens_total"}[prefix]
     lines = client.get("/metrics").text.splitlines()

@@ -5,26 +5,15 @@ import re
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
-from tests.conftest import RunningServer
+from tests.chromium_service import Visit, figure, send
 from tests.running import new_key, until
-from tests.web.conftest import Site, Visit
+from tests.web.conftest import Site
 
 ORCA = [{"role": "user", "content": "What is an orca?"}]
 PHONE = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark", "has_touch": True}
 SERIOUS = ("serious", "critical")
-
-
-def send(page: Page, text: str, tokens: int) -> None:
-    page.get_by_role("tab", name="Try it").click()
-    page.get_by_label("Longest reply").fill(str(tokens))
-    page.get_by_label("Message").fill(text)
-    page.get_by_label("Message").press("Enter")
-
-
-def figure(page: Page, name: str) -> str:
-    return page.locator(f"#figure-{name}").inner_text()
 
 
 def engine_gauge(site: Site, name: str) -> float:
@@ -239,28 +228,3 @@ def test_a_server_that_is_gone_is_told(site: Site, visit: Visit) -> None:
     expect(page.locator("#health")).to_have_text("no connection")
     page.context.set_offline(False)
     expect(page.locator("#health")).to_have_text("2 of 2 replicas up")
-
-
-@pytest.mark.e2e
-def test_on_the_real_engine(server: RunningServer, visit: Visit) -> None:
-    page = visit.page
-    page.goto(server.url)
-    replica = page.locator('[data-replica="local"]')
-    expect(replica).to_have_class(re.compile("good"))
-    expect(page.locator("#health")).to_have_text("1 of 1 replica up")
-    page.get_by_role("tab", name="Try it").click()
-    assert page.locator("#model").input_value() == "synthia"
-    page.locator("#preset").select_option("Tree of Thoughts")
-    send(page, "What is an orca?", 30)
-    expect(page.locator("#figure-finish")).to_have_text(re.compile("stop|length"), timeout=60_000)
-    assert page.locator("#said .assistant").inner_text()
-    assert re.fullmatch(r"\d+ of 4,096 \([\d.]+ %\)", figure(page, "context"))
-    assert "USER:" not in page.locator("#said .assistant").inner_text()
-    send(page, "Tell me all about it.", 2000)
-    expect(page.locator("#said .assistant").nth(1)).not_to_be_empty(timeout=60_000)
-    page.get_by_role("button", name="Stop").click()
-    expect(page.locator("#figure-finish")).to_have_text(re.compile("stopped|stop"))
-    page.get_by_role("tab", name="Now").click()
-    until(lambda: page.locator("path[data-line=ttft_p99]").get_attribute("d"), "the chart has a line")
-    assert {url.split("/")[2] for url in visit.asked if not url.startswith("data:")} == {server.url.split("/")[2]}
-    assert visit.problems == []
