@@ -77,4 +77,7 @@ class TokenLoadPolicy:
             self._follower = _Follower()
         load = self._follower.fresh()
         target: int = context.target_num_replicas
-        return (target if load is None else replicas_for(load, target, self._target_load)), {}
+        wanted = target if load is None else replicas_for(load, target, self._target_load)
+        # What is still starting is not taken away again: its start would be for nothing, and the next one as slow.
+        starts = len(context.running_replicas) < target
+        return (max(wanted, target) if starts else wanted), {}

@@ -35,7 +35,7 @@ def wait_until_settled(api: ServeApi, settings: Settings, local: LocalRay | None
             view.show(found)
             _raise_failure(found, local)
             settled = settled + 1 if healthy(found) else 0
-        while not _answers(url, bool(settings.cluster.replicas)):
+        while not _answers(url, wait_for_replica=bool(found[ENGINE].target)):  # scaled to zero, none will come
             time.sleep(_POLL_S)
     return url
 
@@ -112,7 +112,7 @@ def _url(api: ServeApi, settings: Settings) -> str:
     return f"http://[{host}]:{settings.port}" if host and ":" in host else f"http://{host}:{settings.port}"
 
 
-def _answers(url: str, wait_for_replica: bool) -> bool:
+def _answers(url: str, *, wait_for_replica: bool) -> bool:
     try:
         reply = httpx.get(f"{url}/{'ready' if wait_for_replica else 'health'}", timeout=5)
         if reply.status_code == httpx.codes.NOT_FOUND:

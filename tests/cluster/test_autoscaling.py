@@ -83,12 +83,13 @@ class KnownLoad(TokenLoadPolicy):
         self._follower = SimpleNamespace(fresh=lambda: told)  # type: ignore[assignment]
 
 
-def decide(told: Load | None, current: int, **config: Any) -> int:
+def decide(told: Load | None, current: int, *, running: int | None = None, **config: Any) -> int:
     options = {"min_replicas": 1, "max_replicas": 4, "upscale_delay_s": 0, "downscale_delay_s": 0} | config
     context = SimpleNamespace(
         config=AutoscalingConfig(**options),
         current_num_replicas=current,
         target_num_replicas=current,
+        running_replicas=[f"r{number}" for number in range(current if running is None else running)],
         total_num_requests=0,
         policy_state={},
     )
@@ -102,6 +103,12 @@ def test_serve_applies_the_policy() -> None:
     assert decide(load(100), 3) == 1
     assert decide(load(100), 3, downscale_delay_s=60) == 3
     assert decide(load(100), 0, min_replicas=0, upscale_delay_s=60) == 1, "from zero there is no delay"
+
+
+def test_a_replica_that_still_starts_is_not_taken_away() -> None:
+    assert decide(load(100), 2, running=1) == 2
+    assert decide(load(0, requests=0), 1, running=0, min_replicas=0) == 1
+    assert decide(load(30_000), 2, running=1) == 4
 
 
 def test_without_word_from_a_gateway_nothing_changes() -> None:
