@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 pytest_plugins = [
     "tests.chromium_service",
     "tests.otlp_collector",
-    "tests.ray_cluster",
     "tests.redis_service",
     "tests.services",
 ]

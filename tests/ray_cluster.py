@@ -1,19 +1,15 @@
-"""One real cluster for the whole run: `cluster up` with two replicas of the demo model, when a test first needs it."""
+"""A real cluster as a user starts it: `cluster up` with two replicas of the demo model."""
 
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 _UP_TIMEOUT_S = 420  # two engines on a machine that does other things as well
-_DOWN_TIMEOUT_S = 120
+DOWN_TIMEOUT_S = 120
 # Small, so that it fits beside the other servers of a test run; prefixes of a conversation still fill many blocks.
 ENGINE_OPTIONS = ("--model", "demo", "--engine.max-model-len", "2048", "--engine.kv-cache-gib", "0.5")
 
@@ -53,16 +49,3 @@ def run_command(
         timeout=timeout,
         check=False,
     )
-
-
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    data = tmp_path_factory.mktemp("cluster") / "data"
-    try:
-        done = run_command(data, "up", "--port", "0", "--replicas", "2", *ENGINE_OPTIONS)
-        found = re.search(r"at (http://\S+)", done.stderr)
-        if done.returncode or not found:
-            raise RuntimeError(f"cluster up: {done.returncode}\n{done.stdout}{done.stderr}")
-        yield RunningCluster(found.group(1), data, done.stderr)
-    finally:
-        run_command(data, "down", "--now", timeout=_DOWN_TIMEOUT_S)
