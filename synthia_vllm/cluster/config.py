@@ -21,7 +21,7 @@ ENGINE_ROUTE = "/engine"
 # another one, another model would be another deployment, and not a rollout.
 ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT = "Engine:synthia", "GatewayReplica"
 # Of the settings, what an engine replica is made from.
-_ENGINE_GROUPS = ("model", "prompt", "engine")
+_ENGINE_GROUPS = ("model", "prompt", "engine", "tracing")
 _ENGINE_CLUSTER_FIELDS = ("pipeline_parallel_size", "cpus_per_replica", "max_generation_s")
 _NOT_OF_GATEWAYS = ("address", "replicas", "min_replicas", "max_replicas", "surge", "cpus_per_replica")
 _ENGINE_FIELDS_OF_GATEWAYS = ("max_model_len", "dtype")  # how long prompts may be

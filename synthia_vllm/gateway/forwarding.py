@@ -15,7 +15,7 @@ from synthia_vllm.gateway.tracing import TRACE_HEADERS
 # Of one connection only (RFC 9110, 7.6.1), or set anew for the next.
 _HOP_HEADERS = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer",
-    b"transfer-encoding", b"upgrade", b"host", b"content-length", b"accept-encoding",
+    b"transfer-encoding", b"upgrade", b"host", b"content-length", b"accept-encoding", b"date", b"server",
 }  # fmt: skip
 _CLIENTS_OWN = (b"authorization", b"x-api-key", b"cookie")
 

@@ -303,3 +303,7 @@ def test_many_clients_at_once(client: httpx.Client) -> None:
 def test_request_ids_are_echoed(client: httpx.Client) -> None:
     response = client.get("/v1/models", headers={"x-request-id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"
+
+
+def test_ready_while_the_engine_generates(client: httpx.Client) -> None:
+    assert client.get("/ready").status_code == 200
