@@ -48,7 +48,7 @@ from synthia_vllm.settings import Settings, load_settings
 LOAD = LOADS[0]  # completions, 64 streams
 PAIRS = (("ours", "normal"), ("ours", "direct"))
 # Different enough in length that the cache's blocks show, short enough for a small context.
-CONVERSATIONS, TURNS, WORDS_A_TURN, REPLY_TOKENS = 12, 6, 60, 24
+CONVERSATIONS, TURNS, WORDS_A_TURN, REPLY_TOKENS = 16, 6, 30, 24
 _UP_TIMEOUT_S = 600
 
 
@@ -137,7 +137,7 @@ def prefix_cache(words: list[str], settings: Settings, model: str, console: Cons
     for routing in ("affinity", "round_robin"):
         up([*words, "--port", str(settings.port), "--cluster.routing", routing])
         before = _cache_counters(settings.port)
-        asyncio.run(_converse(f"http://127.0.0.1:{settings.port}", model, routing))
+        asyncio.run(_converse(f"http://127.0.0.1:{settings.port}", model, routing[0]))
         after = _cache_counters(settings.port)
         hits, queries = (now - then for now, then in zip(after, before, strict=True))
         found[routing] = round(hits / queries, 3)
@@ -152,7 +152,7 @@ async def _converse(url: str, model: str, salt: str) -> None:
         async def conversation(number: int) -> None:
             messages: list[dict[str, str]] = []
             for turn in range(TURNS):
-                text = " ".join(f"{salt}{number}x{turn}w{word}" for word in range(WORDS_A_TURN // 4))
+                text = " ".join(f"{salt}{number}x{turn}w{word}" for word in range(WORDS_A_TURN))
                 messages.append({"role": "user", "content": text})
                 body = {"model": model, "messages": messages, "max_tokens": REPLY_TOKENS, "min_tokens": REPLY_TOKENS}
                 reply = await client.post("/v1/chat/completions", json=body)

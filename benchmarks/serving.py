@@ -209,7 +209,10 @@ async def measure(url: str, load: Load, plan: EnginePlan, seed: int) -> float:
     with redirect_stdout(io.StringIO()):
         result: dict[str, Any] = await main_async(parser.parse_args(words))
     if result["completed"] != load.requests:
-        raise click.ClickException(f"{url}: {load.requests - result['completed']} requests of '{load.name}' failed")
+        why = next((error for error in result.get("errors", ()) if error), "")
+        raise click.ClickException(
+            f"{url}: {load.requests - result['completed']} requests of '{load.name}' failed: {why[-500:]}"
+        )
     return float(result[load.metric])
 
 

@@ -205,7 +205,7 @@ class ClusterSettings(BaseModel):
     ] = "affinity"
     max_load_factor: Annotated[
         float, Field(ge=1, description="a conversation leaves a replica busier than so many times the mean")
-    ] = 1.25
+    ] = 1.5
     canary_period_s: Annotated[
         PositiveFloat, Field(description="a replica that sent nothing for so long is asked for one token")
     ] = 2.0

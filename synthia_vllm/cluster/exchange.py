@@ -10,7 +10,7 @@ from starlette.types import Message, Scope, Send
 
 from synthia_vllm.cluster.replica import Leg, LegLost, LossReason, Replica
 from synthia_vllm.cluster.resume import COMPLETIONS, Progress, resumable
-from synthia_vllm.cluster.routing import affinity_key
+from synthia_vllm.cluster.routing import affinity_of
 from synthia_vllm.errors import RequestError, UpstreamLost, UpstreamTimeout
 from synthia_vllm.gateway.call import call_of
 from synthia_vllm.gateway.events import is_one_event, take_events
@@ -48,7 +48,7 @@ class Exchange:
         self._call = call_of(scope)
         self._request = _object(body) if scope["method"] == "POST" else None
         self._streams = self._request is not None and self._request.get("stream") is True
-        self._key = affinity_key(scope, self._request)
+        self._affinity = affinity_of(scope, self._request)
         self._progress: Progress | None = None
         if self._request is not None and resumable(self._route, self._request):
             self._progress = Progress(self._route, self._request)
@@ -86,7 +86,7 @@ class Exchange:
             await asyncio.sleep(_SETTLE_S)
         try:
             return await self._pool.acquire(
-                self._key,
+                self._affinity,
                 self._refused_by,
                 wait=self._request is not None,
                 on_trial=self._on_trial,

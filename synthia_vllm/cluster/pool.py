@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from synthia_vllm.cluster.exchange import Exchange
 from synthia_vllm.cluster.replica import LossReason, Replica
-from synthia_vllm.cluster.routing import Router
+from synthia_vllm.cluster.routing import Affinity, Router
 from synthia_vllm.errors import Overloaded
 from synthia_vllm.gateway.fair.room import Capacity
 from synthia_vllm.gateway.forwarding import (
@@ -37,7 +37,7 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    key: str | None
+    affinity: Affinity | None
     avoid: Set[Replica]
     on_trial: bool
     given: "asyncio.Future[Replica]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -141,7 +141,7 @@ class ReplicaPool:
 
     async def acquire(
         self,
-        key: str | None,
+        affinity: Affinity | None,
         avoid: Set[Replica] = frozenset(),
         *,
         wait: bool = True,
@@ -154,12 +154,12 @@ class ReplicaPool:
         there and `wait` is off.
         """
         if all(waiter.on_trial for waiter in self._waiters):
-            replica = self._pick(key, avoid, on_trial)
+            replica = self._pick(affinity, avoid, on_trial)
             if replica is not None:
                 return self._take(replica, on_trial)
         if not wait:
             raise _nobody()
-        began, waiter = self._loop.time(), _Waiter(key, avoid, on_trial)
+        began, waiter = self._loop.time(), _Waiter(affinity, avoid, on_trial)
         self._waiters.append(waiter)
         try:
             while not (await asyncio.wait((waiter.given,), timeout=_PATIENCE_S))[0]:
@@ -207,7 +207,7 @@ class ReplicaPool:
         self._tell_capacity()
         self._ask(replica)
 
-    def _pick(self, key: str | None, avoid: Set[Replica], on_trial: bool) -> Replica | None:
+    def _pick(self, affinity: Affinity | None, avoid: Set[Replica], on_trial: bool) -> Replica | None:
         now = self._loop.time()
         free = [
             replica
@@ -216,7 +216,7 @@ class ReplicaPool:
             and not (on_trial and replica.on_trial)
             and replica.in_flight < replica.limit(now, self.settings.slow_start_s)
         ]
-        return self._router.pick([replica for replica in free if replica not in avoid] or free, key)
+        return self._router.pick([replica for replica in free if replica not in avoid] or free, affinity)
 
     def _take(self, replica: Replica, on_trial: bool) -> Replica:
         replica.in_flight += 1
@@ -226,7 +226,7 @@ class ReplicaPool:
     def _hand_out(self) -> None:
         """Gives replicas to those who wait, the longest first."""
         for waiter in list(self._waiters):
-            replica = self._pick(waiter.key, waiter.avoid, waiter.on_trial)
+            replica = self._pick(waiter.affinity, waiter.avoid, waiter.on_trial)
             if replica is None and not waiter.on_trial:
                 return
             if replica is not None:

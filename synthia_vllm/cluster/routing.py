@@ -2,8 +2,9 @@
 
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from starlette.types import Scope
 
@@ -14,22 +15,34 @@ from synthia_vllm.gateway.replies import header
 Policy = Literal["affinity", "round_robin"]
 # Of a text that starts a conversation: enough to tell one from another.
 _PREFIX_CHARACTERS = 1024
+_MAX_HOMES = 65_536  # conversations whose replica is remembered
 
 
-def affinity_key(scope: Scope, request: Mapping[str, Any] | None) -> str | None:
-    """What all requests of one conversation share: X-Session-Id, else how the conversation begins.
+class Affinity(NamedTuple):
+    """What all requests of one conversation share, and whether an earlier one of it may have left its KV cache."""
 
-    A conversation's later turns repeat its beginning: the system message and the first user message. None for a
-    request that has neither; it goes where there is least to do. Users are kept apart.
+    key: bytes
+    continued: bool
+
+
+def affinity_of(scope: Scope, request: Mapping[str, Any] | None) -> Affinity | None:
+    """X-Session-Id, else how the conversation begins: the system message and the first user message.
+
+    None for a request without a text; it goes where there is least to do. Users are kept apart.
     """
     call = call_of(scope)
     user = call.account.user if call else ""
     if session := header(scope, b"x-session-id"):
-        return f"{user}\0{session.decode('latin-1')}"
-    if request is None:
+        return Affinity(_digest(user, session.decode("latin-1")), continued=True)
+    beginning = _beginning(request) if request is not None else ""
+    if not beginning:
         return None
-    beginning = _beginning(request)
-    return f"{user}\0{beginning}" if beginning else None
+    assert request is not None
+    messages = request.get("messages", request.get("input"))
+    continued = isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("role") == "assistant" for message in messages
+    )
+    return Affinity(_digest(user, beginning), continued)
 
 
 def _beginning(request: Mapping[str, Any]) -> str:
@@ -46,19 +59,21 @@ def _beginning(request: Mapping[str, Any]) -> str:
 
 
 class Router:
-    """Affinity by rendezvous hashing with bounded load, least busy where there is no key; or plain round robin.
+    """Conversations stay on the replica that has their KV cache; the rest goes where there is least to do.
 
-    Rendezvous hashing (Thaler and Ravishankar, 1998): each replica has a rank of its own for each key, so that a
-    replica that comes or goes moves only its own share of the conversations. Bounded load (Mirrokni et al., 2018): a
-    replica with more than `max_load_factor` times the mean number of requests is passed over.
+    A new conversation goes to the least busy replica, and that is remembered. One that another gateway began is found
+    by rendezvous hashing (Thaler and Ravishankar, 1998), so that all gateways look for it at the same replica. Bounded
+    load (Mirrokni et al., 2018): a replica with more than `max_load_factor` times the mean number of requests is passed
+    over. `round_robin` looks at neither.
     """
 
     def __init__(self, policy: Policy, max_load_factor: float) -> None:
         self.policy = policy
         self.max_load_factor = max_load_factor
         self._turn = 0
+        self._homes: OrderedDict[bytes, str] = OrderedDict()
 
-    def pick(self, candidates: Iterable[Replica], key: str | None) -> Replica | None:
+    def pick(self, candidates: Iterable[Replica], affinity: Affinity | None) -> Replica | None:
         """One of the replicas, or None of none."""
         replicas = list(candidates)
         if not replicas:
@@ -66,14 +81,29 @@ class Router:
         self._turn += 1
         if self.policy == "round_robin":
             return replicas[self._turn % len(replicas)]
-        if key is not None:
-            bound = math.ceil(self.max_load_factor * (sum(r.in_flight for r in replicas) + 1) / len(replicas))
-            fitting = [replica for replica in replicas if replica.in_flight < bound]
-            return max(fitting, key=lambda replica: _rank(replica.name, key))
-        # Equally busy ones in turn.
+        if affinity is None:
+            return self._least_busy(replicas)
+        bound = math.ceil(self.max_load_factor * (sum(r.in_flight for r in replicas) + 1) / len(replicas))
+        fitting = [replica for replica in replicas if replica.in_flight < bound]
+        home = self._homes.get(affinity.key)
+        found = next((replica for replica in fitting if replica.name == home), None)
+        if found is None and home is None and affinity.continued:
+            found = max(fitting, key=lambda replica: _digest(replica.name, affinity.key.hex()))
+        found = found or self._least_busy(replicas)
+        self._remember(affinity.key, found.name)
+        return found
+
+    def _least_busy(self, replicas: list[Replica]) -> Replica:
+        """Equally busy ones in turn."""
         turned = replicas[self._turn % len(replicas) :] + replicas[: self._turn % len(replicas)]
         return min(turned, key=lambda replica: replica.in_flight)
 
+    def _remember(self, key: bytes, name: str) -> None:
+        self._homes[key] = name
+        self._homes.move_to_end(key)
+        if len(self._homes) > _MAX_HOMES:
+            self._homes.popitem(last=False)
 
-def _rank(name: str, key: str) -> bytes:
-    return hashlib.blake2b(f"{name}\0{key}".encode(), digest_size=8).digest()
+
+def _digest(user: str, text: str) -> bytes:
+    return hashlib.blake2b(f"{user}\0{text}".encode(), digest_size=8).digest()
