@@ -135,8 +135,10 @@ def test_nothing_said_and_no_key_is_in_the_log(server: RunningServer, client: ht
     secret = "the walrus was Paul 7281"
     body = {"model": "synthia", "messages": [{"role": "user", "content": secret}], "max_tokens": 5}
     reply = client.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
-    log = server.log.read_text(errors="replace")
-    assert reply.headers["x-request-id"] in log
+    deadline = time.monotonic() + 10  # the line is written when the reply has gone out
+    while reply.headers["x-request-id"] not in (log := server.log.read_text(errors="replace")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert secret not in log
     assert key[20:] not in log
 
