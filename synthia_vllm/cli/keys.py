@@ -9,7 +9,7 @@ import click
 
 from synthia_vllm.cli.database import database_option, moment, open_from, show, span, utc
 from synthia_vllm.errors import SetupError
-from synthia_vllm.gateway.accounts import USER_NAME
+from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME
 
 
 def _name(context: click.Context, option: click.Parameter, value: str) -> str:
@@ -39,10 +39,10 @@ def command() -> None:
     "--weight", type=click.FloatRange(0.001, 1000), callback=_number, help="Share of the engine under backlog."
 )
 @click.option("--priority", type=click.Choice(["interactive", "batch"]), help="Batch waits for interactive.")
-@click.option("--requests-per-minute", type=click.IntRange(1))
-@click.option("--tokens-per-minute", type=click.IntRange(1), help="Prompt and generated tokens.")
-@click.option("--concurrent-requests", type=click.IntRange(1))
-@click.option("--tokens-per-month", type=click.IntRange(1), help="Per calendar month, UTC.")
+@click.option("--requests-per-minute", type=click.IntRange(1, MAX_LIMIT))
+@click.option("--tokens-per-minute", type=click.IntRange(1, MAX_LIMIT), help="Prompt and generated tokens.")
+@click.option("--concurrent-requests", type=click.IntRange(1, MAX_LIMIT))
+@click.option("--tokens-per-month", type=click.IntRange(1, MAX_LIMIT), help="Per calendar month, UTC.")
 @click.option("--models", multiple=True, help="Only these; may be given several times.")
 @click.option("--expires", help="A date like 2027-01-31, or a span like 30d.")
 @database_option

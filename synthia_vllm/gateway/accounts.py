@@ -8,6 +8,10 @@ USER_NAME = r"[\w.@:+-]{1,64}"
 Priority = Literal["interactive", "batch"]
 
 
+# More than anybody uses. The database's integers have 64 bits, JavaScript's numbers 53.
+MAX_LIMIT = 10**15
+
+
 @dataclass(frozen=True, slots=True)
 class UserLimits:
     """What one user may use; None is unlimited. Tokens are prompt and generated tokens together."""

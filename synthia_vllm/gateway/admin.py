@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from synthia_vllm.errors import NotFound, RequestError
-from synthia_vllm.gateway.accounts import USER_NAME, Priority, UserLimits
+from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME, Priority, UserLimits
 from synthia_vllm.gateway.store.keys import UnknownKey
 from synthia_vllm.gateway.store.usage import usage
 
 if TYPE_CHECKING:
     from synthia_vllm.gateway.app import Gateway
 
+_Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 _NAME = Field(pattern=f"^{USER_NAME}$")
 
 
@@ -30,10 +31,10 @@ class NewKey(BaseModel):
     expires: datetime | None = None
     weight: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     priority: Priority | None = None
-    requests_per_minute: PositiveInt | None = None
-    tokens_per_minute: PositiveInt | None = None
-    concurrent_requests: PositiveInt | None = None
-    tokens_per_month: PositiveInt | None = None
+    requests_per_minute: _Limit | None = None
+    tokens_per_minute: _Limit | None = None
+    concurrent_requests: _Limit | None = None
+    tokens_per_month: _Limit | None = None
     models: list[str] | None = None
 
 

@@ -127,6 +127,8 @@ def test_keys_over_http_and_a_revoked_one_is_out_within_two_seconds(client: http
     assert client.delete("/admin/keys/nothere", headers=admin).status_code == 404
     wrong = client.post("/admin/keys", json={"user": "a b"}, headers=admin)
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "user")
+    much = client.post("/admin/keys", json={"user": "viahttp", "tokens_per_minute": 10**30}, headers=admin)
+    assert (much.status_code, much.json()["error"]["param"]) == (400, "tokens_per_minute")
     assert isinstance(client.get("/admin/usage?by=day", headers=admin).json(), list)
 
 
