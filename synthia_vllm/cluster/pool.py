@@ -17,6 +17,7 @@ from synthia_vllm.gateway.fair.room import Capacity
 from synthia_vllm.gateway.forwarding import (
     answer_lifespan,
     cache_tokens,
+    open_session,
     own_headers,
     while_client_stays,
     whole_body,
@@ -28,8 +29,6 @@ from synthia_vllm.settings import ClusterSettings
 _TICK_S = 0.2
 _PATIENCE_S = 2.0  # between two words to a client that waits for a replica
 _FAILED_AGAIN_S = 0.5  # a replica that is not up is asked again so soon
-_KEEP_ALIVE_S = 4.0  # less than the 5 of the replicas' uvicorn, so that no request meets a closing connection
-_READ_BUFFER = 256 * 1024
 _CANARY = {"prompt": [1], "max_tokens": 1, "temperature": 0}
 
 _log = structlog.get_logger(__name__)
@@ -70,7 +69,7 @@ class ReplicaPool:
         self.on_capacity: Callable[[Capacity], None] | None = None
         self.session: aiohttp.ClientSession
         self.tokens_per_replica: int | None = None  # KV cache of one, as the last one told
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
+        self._timeouts = connect_timeout, read_timeout
         self._router = Router(settings.routing, settings.max_load_factor)
         self._replicas: dict[str, Replica] = {}
         self._waiters: deque[_Waiter] = deque()
@@ -78,13 +77,7 @@ class ReplicaPool:
 
     async def __aenter__(self) -> "ReplicaPool":
         self._loop = asyncio.get_running_loop()
-        self.session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            timeout=self._timeout,
-            auto_decompress=False,
-            read_bufsize=_READ_BUFFER,
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        self.session = open_session(*self._timeouts)
         self._watch = asyncio.create_task(self._run())
         return self
 

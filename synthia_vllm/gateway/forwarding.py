@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+import aiohttp
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message, Receive, Scope, Send
@@ -19,7 +20,21 @@ _HOP_HEADERS = {
 }  # fmt: skip
 _CLIENTS_OWN = (b"authorization", b"x-api-key", b"cookie")
 
+_KEEP_ALIVE_S = 4.0  # less than the 5 of vLLM's uvicorn, so that no request meets a connection that is being closed
+_READ_BUFFER = 256 * 1024
+
 Headers = Sequence[tuple[bytes, bytes]]
+
+
+def open_session(connect_timeout: float, read_timeout: float) -> aiohttp.ClientSession:
+    """The connections to engines: as many as there are requests, replies as they come. Timeouts in seconds."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout),
+        auto_decompress=False,
+        read_bufsize=_READ_BUFFER,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
 
 
 def end_to_end(headers: Headers) -> list[tuple[bytes, bytes]]:

@@ -17,6 +17,7 @@ from synthia_vllm.gateway.forwarding import (
     cache_tokens,
     end_to_end,
     error_event,
+    open_session,
     own_headers,
     request_headers,
     while_client_stays,
@@ -26,9 +27,7 @@ from synthia_vllm.gateway.replies import send_json
 from synthia_vllm.metrics.replicas import ReplicaView, engine_name
 
 _RESTING_S = 5.0  # an upstream that refused a connection is asked again after so long
-_KEEP_ALIVE_S = 4.0  # less than vLLM's 5, so that no request meets a connection that is being closed
 _CAPACITY_TIMEOUT_S = 5.0
-_READ_BUFFER = 256 * 1024
 _log = structlog.get_logger(__name__)
 
 
@@ -63,17 +62,11 @@ class HttpUpstream:
         self._targets = [_Target(url.rstrip("/"), engine_name(url)) for url in urls]
         self.headers = own_headers(key)  # of every question to an engine
         self._key = key  # that the engines themselves ask for; a client's key never goes on
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout)
+        self._timeouts = connect_timeout, read_timeout
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "HttpUpstream":
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-            timeout=self._timeout,
-            auto_decompress=False,
-            read_bufsize=_READ_BUFFER,
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
+        self._session = open_session(*self._timeouts)
         return self
 
     async def __aexit__(
