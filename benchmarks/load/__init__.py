@@ -1,0 +1,1 @@
+"""The load benchmark: workloads, the peers, what was measured, and the report."""
