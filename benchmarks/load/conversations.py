@@ -2,12 +2,11 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.load.client import Call, Reply
 from benchmarks.load.measuring import Kind, Load
 from benchmarks.load.prompts import Span
-from benchmarks.load.workloads import NO_WEIGHTS
 from synthia_vllm.prompt import SYSTEM_PROMPTS, render
 
 
@@ -27,7 +26,7 @@ class Conversations:
     kind: Kind = "conversations"
     streams: int | None = None
     rate: float | None = None
-    weights: Mapping[str, float] = NO_WEIGHTS
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

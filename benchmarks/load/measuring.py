@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from benchmarks.load.client import GREEDY, Call, Client, Patience, Reply, Target
@@ -73,18 +73,18 @@ class Terms:
     """How measurements are taken. After `limit_s`, what is under way is left out; None: all replies are waited for."""
 
     seed: int = 1
-    sampling: Mapping[str, Any] = GREEDY
+    sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
     patience: Patience = Patience()  # noqa: RUF009
     limit_s: float | None = None
 
 
 async def measure(target: Target, workload: Workload, terms: Terms, *, server: str, number: int) -> Measurement:
     """Runs a workload once. One that the terms' limit ended tells whether it still counts."""
+    gc.collect()
     started = time.time()
     async with Client(target, sampling=terms.sampling, patience=terms.patience) as client:
         load = Load(client, seed=f"{terms.seed}/{workload.name}/{workload.streams}/{workload.rate}/{number}")
         collecting = gc.isenabled()
-        gc.collect()
         gc.disable()  # a collection of all these lists would make the client late
         try:
             ended = await _drive(workload, load, terms.limit_s)

@@ -4,7 +4,7 @@ import asyncio
 import csv
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt
 
 from benchmarks.load.measuring import Kind, Load
 from benchmarks.load.prompts import Span
-from benchmarks.load.workloads import NO_WEIGHTS, call_of
+from benchmarks.load.workloads import call_of
 
 
 class Row(BaseModel):
@@ -36,7 +36,7 @@ class Trace:
     speed: float = 1.0
     kind: Kind = "trace"
     streams: int | None = None
-    weights: Mapping[str, float] = NO_WEIGHTS
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -3,13 +3,11 @@
 import asyncio
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.load.client import Call
 from benchmarks.load.measuring import Kind, Load
 from benchmarks.load.prompts import Span
-
-NO_WEIGHTS: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class ClosedLoop:
     label: str = ""
     kind: Kind = "closed"
     rate: float | None = None
-    weights: Mapping[str, float] = NO_WEIGHTS
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -55,7 +53,7 @@ class OpenLoop:
     burstiness: float = 1.0
     kind: Kind = "open"
     streams: int | None = None
-    weights: Mapping[str, float] = NO_WEIGHTS
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
