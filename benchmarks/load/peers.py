@@ -239,10 +239,11 @@ def _cluster(plan: Plan, names: Sequence[str], logs: Path) -> Iterator[list[Up]]
 
 
 def version_of(distribution: str) -> str:
+    """Empty where it is not installed."""
     if distribution == "synthia-vllm":
         return __version__
     try:
-        return importlib.metadata.version(distribution)
+        return importlib.metadata.version(distribution) if distribution else ""
     except importlib.metadata.PackageNotFoundError:
         return ""
 
