@@ -90,7 +90,9 @@ def offer(requests: Requests, replicas: Replicas, engine: Engine, r: int, i: int
     if r == stepping:
         return
     if not replicas.busy[r]:
-        start_step(requests, replicas, engine, r, now)
+        # A step begins with all that came at this moment, not with the first of it.
+        replicas.busy[r], replicas.cuttable[r], replicas.count[r] = True, False, 0
+        set_until(replicas, r, now)
     elif replicas.cuttable[r] and replicas.count[r] > 1:
         done = math.ceil((now - replicas.began[r]) / replicas.step_s[r])
         replicas.count[r] = min(replicas.count[r], max(1, done))
@@ -149,17 +151,20 @@ def dispatch(requests: Requests, users: Users, replicas: Replicas, engine: Engin
 
 @njit(cache=True)
 def end_steps(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway, totals: Array,
-              releases: tuple[Array, Array], histogram: Array, ttft_limit: float, r: int, now: float) -> None:
+              releases: tuple[Array, Array], histogram: Array, counted_from: float, ttft_limit: float, r: int, now: float) -> None:
     """Tokens of the steps that replica r has just made."""
     count = replicas.count[r]
+    if count == 0:  # it was idle, and wakes up
+        return
     replicas.steps[r] += count
-    spot = int(HISTOGRAM_PER_E * math.log(replicas.plain_s[r] / HISTOGRAM_FROM))
-    histogram[min(HISTOGRAM_BINS - 1, max(0, spot))] += count * replicas.running[r]
+    if now >= counted_from:
+        spot = int(HISTOGRAM_PER_E * math.log(replicas.plain_s[r] / HISTOGRAM_FROM))
+        histogram[min(HISTOGRAM_BINS - 1, max(0, spot))] += count * replicas.running[r]
     for _ in range(replicas.completing[r]):
         i = replicas.head[r]
         replicas.head[r] = requests.after[i]
         requests.first[i] = now
-        if now + gateway.overhead_s - requests.arrival[i] > ttft_limit:
+        if requests.arrival[i] >= counted_from and now + gateway.overhead_s - requests.arrival[i] > ttft_limit:
             totals[LATE] += 1
         push_finish(replicas, r, replicas.steps[r] + requests.output[i] - 1, i, replicas.running[r])
         replicas.running[r] += 1
@@ -178,10 +183,10 @@ def end_steps(requests: Requests, users: Users, replicas: Replicas, engine: Engi
 @njit(cache=True)
 def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway,
              autoscaler: Autoscaler, homes: Array, totals: Array, scaling: Array, releases: tuple[Array, Array],
-             histogram: Array, order: Array, ttft_limit: float, late_limit: float, seed: int) -> float:
+             histogram: Array, order: Array, counted_from: float, ttft_limit: float, late_limit: float, seed: int) -> float:
     """Runs until every request has ended, or more than `late_limit` came later than `ttft_limit`. Returns the time.
 
-    `order` are the requests that follow no other, by their time.
+    `order` are the requests that follow no other, by their time. What came before `counted_from` is not counted.
     """
     random.seed(seed)
     nth, now, next_tick = 0, 0.0, 0.0
@@ -194,12 +199,7 @@ def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engin
             tick(replicas, autoscaler, engine.kv_tokens, totals, scaling, now)
             next_tick += TICK_S
             dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, NONE)
-        elif now == stepped:
-            r = replicas.order[0]
-            end_steps(requests, users, replicas, engine, gateway, totals, releases, histogram, ttft_limit, r, now)
-            dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, r)
-            start_step(requests, replicas, engine, r, now)
-        else:
+        elif now == sent or now == released:  # before steps: what comes as one begins is in it
             if sent <= released:
                 i = order[nth]
                 nth += 1
@@ -211,4 +211,9 @@ def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engin
                 continue
             join(requests, users, totals, i)
             dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, NONE)
+        else:
+            r = replicas.order[0]
+            end_steps(requests, users, replicas, engine, gateway, totals, releases, histogram, counted_from, ttft_limit, r, now)
+            dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, r)
+            start_step(requests, replicas, engine, r, now)
     return now

@@ -95,9 +95,13 @@ def run(
     *,
     ttft_limit_s: float = float("inf"),
     late_share: float = 1.0,
+    warm_up_s: float = 0.0,
     seed: int = 0,
 ) -> Outcome:
-    """Aborts where more than `late_share` of the requests come later than `ttft_limit_s`: enough for a p99 to fail."""
+    """Aborts where more than `late_share` of the requests come later than `ttft_limit_s`: enough for a p99 to fail.
+
+    Requests of the first `warm_up_s` are served, but not told of.
+    """
     size = max(cluster.replicas, cluster.max_replicas or 0)
     engine = model.compiled()
     requests, users = _requests(traffic), _users(traffic)
@@ -125,20 +129,21 @@ def run(
     order = first[np.argsort(traffic.arrival[first], kind="stable")]
     following = int(np.isinf(traffic.arrival).sum()) + 1
     releases = np.full(following, np.inf), np.zeros(following, dtype=np.int64)
-    late = late_share * len(traffic)
+    counted = ~(traffic.arrival < warm_up_s)
+    late = late_share * counted.sum()
     ended = simulate(
         requests, users, replicas, engine, gateway, autoscaler, homes, totals, scaling, releases, histogram, order,
-        ttft_limit_s, late, seed,
+        warm_up_s, ttft_limit_s, late, seed,
     )  # fmt: skip
     served = requests.status == SERVED
     ttft = np.where(np.isfinite(requests.first), requests.first - requests.arrival + model.overhead_s, np.nan)
     steps = np.maximum(1, traffic.output - 1)
     tpot = np.where(served & (traffic.output > 1), (requests.last - requests.first) / steps, np.nan)
-    begin = float(traffic.arrival[order[0]]) if len(order) else 0.0
+    begin = max(warm_up_s, float(traffic.arrival[order[0]]) if len(order) else 0.0)
     return Outcome(
-        ttft_s=ttft,
-        tpot_s=tpot,
-        output=traffic.output,
+        ttft_s=ttft[counted],
+        tpot_s=tpot[counted],
+        output=traffic.output[counted],
         duration_s=max(1e-9, float(np.nanmax(requests.last, initial=begin)) + model.overhead_s - begin),
         aborted=bool((requests.status == 0).any()),
         step_s=HISTOGRAM_FROM * np.exp((np.arange(HISTOGRAM_BINS) + 0.5) / HISTOGRAM_PER_E),
