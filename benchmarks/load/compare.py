@@ -99,18 +99,14 @@ def _cells(change: Change) -> tuple[str, str, str, str]:
     return f"{title}, {unit}", *values, change.ratio.text(3)
 
 
-def _change(
-    before: Summary, after: Summary, server: str, load: Load, metric: str, tolerance: float
-) -> Change | None:
+def _change(before: Summary, after: Summary, server: str, load: Load, metric: str, tolerance: float) -> Change | None:
     old, new = before.estimate(server, load, metric), after.estimate(server, load, metric)
     ratio = unpaired_ratio(
         list(after.rounds(server, load, metric).values()), list(before.rounds(server, load, metric).values())
     )
     if old is None or new is None or ratio is None:
         return None
-    return Change(
-        server, load, metric, old.value, new.value, ratio, verdict(ratio, METRICS[metric][3], tolerance)
-    )
+    return Change(server, load, metric, old.value, new.value, ratio, verdict(ratio, METRICS[metric][3], tolerance))
 
 
 def verdict(ratio: Estimate, higher_is_better: bool, tolerance: float) -> Verdict:

@@ -82,7 +82,9 @@ class Load:
             return self.workload
         if self.rate is not None:
             return f"{self.workload}, {self.rate:g}/s"
-        return f"{self.workload}, {self.streams} streams" if self.streams is not None else self.workload
+        if self.streams is not None:
+            return f"{self.workload}, {self.streams} stream{'s' if self.streams > 1 else ''}"
+        return self.workload
 
 
 # name: (title, unit, factor to that unit, higher is better, how to get it). The ones that are compared and tabulated.

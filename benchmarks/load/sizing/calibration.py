@@ -14,7 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.load.run_file import Measurement
-from benchmarks.load.sizing.engine_model import DEFAULT_KV_TOKENS, DEFAULT_MAX_BATCHED_TOKENS, DEFAULT_MAX_SEQS, EngineModel
+from benchmarks.load.sizing.engine_model import (
+    DEFAULT_KV_TOKENS,
+    DEFAULT_MAX_BATCHED_TOKENS,
+    DEFAULT_MAX_SEQS,
+    EngineModel,
+)
 from benchmarks.load.sizing.simulator import Cluster, Outcome, run
 from benchmarks.load.sizing.traffic import of_measurement
 from benchmarks.load.summary import tokens_of, ttft
@@ -216,6 +221,6 @@ def _waits(measurement: Measurement) -> Floats:
 
 def _distance(waits: Floats, outcome: Outcome) -> float:
     """Squared logarithms of the ratios of median and p90 TTFT; the median counts more."""
-    return float(sum(
-        weight * np.log(outcome.ttft(q) / np.percentile(waits, q)) ** 2 for q, weight in ((50, 1.0), (90, 0.5))
-    ))
+    return float(
+        sum(weight * np.log(outcome.ttft(q) / np.percentile(waits, q)) ** 2 for q, weight in ((50, 1.0), (90, 0.5)))
+    )

@@ -112,7 +112,9 @@ def row(
 ) -> Row:
     """Rounds pooled; each is simulated several times, with its own requests."""
     outcomes = [
-        run(of_measurement(measurement), model, cluster, seed=seed) for measurement in measurements for seed in range(_SEEDS)
+        run(of_measurement(measurement), model, cluster, seed=seed)
+        for measurement in measurements
+        for seed in range(_SEEDS)
     ]
     simulated = np.concatenate([outcome.ttft_s for outcome in outcomes])
     measured = np.asarray(
@@ -165,10 +167,11 @@ def engine_limits(run_: Run, server: str) -> dict[str, int]:
         "kv_tokens": DEFAULT_KV_TOKENS,
     }
     kv_bytes = _option(command, "kv[-_]cache[-_]memory[-_]bytes")
-    if (gib := _option(command, r"(?:engine\.)?kv[-_]cache[-_]gib")) is not None:
-        kv_bytes = int(gib * 2**30)
-    if kv_bytes and run_.roofline and run_.roofline.kv_bytes_per_token:
-        found["kv_tokens"] = kv_bytes // run_.roofline.kv_bytes_per_token
+    if kv_bytes is None and (gib := run_.options.get("kv_cache_gib")):
+        kv_bytes = int(float(gib) * 2**30)
+    a_token = run_.model.get("kv_bytes_per_token") or (run_.roofline.kv_bytes_per_token if run_.roofline else None)
+    if kv_bytes and a_token:
+        found["kv_tokens"] = kv_bytes // int(a_token)
     return found
 
 

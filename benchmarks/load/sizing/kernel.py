@@ -101,8 +101,9 @@ def offer(requests: Requests, replicas: Replicas, engine: Engine, r: int, i: int
 
 
 @njit(cache=True)
-def ended(requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int, status: int,
-          now: float) -> None:
+def ended(
+    requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int, status: int, now: float
+) -> None:
     """Its client has the whole reply or the refusal, and goes on with what it wanted to send next."""
     requests.status[i] = status
     totals[ENDED] += 1
@@ -112,15 +113,26 @@ def ended(requests: Requests, gateway: Gateway, totals: Array, releases: tuple[A
 
 
 @njit(cache=True)
-def refuse(requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int,
-           now: float) -> None:
+def refuse(
+    requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int, now: float
+) -> None:
     totals[LATE] += 1
     ended(requests, gateway, totals, releases, i, REFUSED, now)
 
 
 @njit(cache=True)
-def dispatch(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway, homes: Array,
-             totals: Array, releases: tuple[Array, Array], now: float, stepping: int) -> None:
+def dispatch(
+    requests: Requests,
+    users: Users,
+    replicas: Replicas,
+    engine: Engine,
+    gateway: Gateway,
+    homes: Array,
+    totals: Array,
+    releases: tuple[Array, Array],
+    now: float,
+    stepping: int,
+) -> None:
     """Sends what waits at the gateway to replicas, as far as there is room."""
     while totals[QUEUED]:
         u = next_user(users, requests)
@@ -150,8 +162,20 @@ def dispatch(requests: Requests, users: Users, replicas: Replicas, engine: Engin
 
 
 @njit(cache=True)
-def end_steps(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway, totals: Array,
-              releases: tuple[Array, Array], histogram: Array, counted_from: float, ttft_limit: float, r: int, now: float) -> None:
+def end_steps(
+    requests: Requests,
+    users: Users,
+    replicas: Replicas,
+    engine: Engine,
+    gateway: Gateway,
+    totals: Array,
+    releases: tuple[Array, Array],
+    histogram: Array,
+    counted_from: float,
+    ttft_limit: float,
+    r: int,
+    now: float,
+) -> None:
     """Tokens of the steps that replica r has just made."""
     count = replicas.count[r]
     if count == 0:  # it was idle, and wakes up
@@ -181,9 +205,24 @@ def end_steps(requests: Requests, users: Users, replicas: Replicas, engine: Engi
 
 
 @njit(cache=True)
-def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway,
-             autoscaler: Autoscaler, homes: Array, totals: Array, scaling: Array, releases: tuple[Array, Array],
-             histogram: Array, order: Array, counted_from: float, ttft_limit: float, late_limit: float, seed: int) -> float:
+def simulate(
+    requests: Requests,
+    users: Users,
+    replicas: Replicas,
+    engine: Engine,
+    gateway: Gateway,
+    autoscaler: Autoscaler,
+    homes: Array,
+    totals: Array,
+    scaling: Array,
+    releases: tuple[Array, Array],
+    histogram: Array,
+    order: Array,
+    counted_from: float,
+    ttft_limit: float,
+    late_limit: float,
+    seed: int,
+) -> float:
     """Runs until every request has ended, or more than `late_limit` came later than `ttft_limit`. Returns the time.
 
     `order` are the requests that follow no other, by their time. What came before `counted_from` is not counted.
@@ -213,7 +252,20 @@ def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engin
             dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, NONE)
         else:
             r = replicas.order[0]
-            end_steps(requests, users, replicas, engine, gateway, totals, releases, histogram, counted_from, ttft_limit, r, now)
+            end_steps(
+                requests,
+                users,
+                replicas,
+                engine,
+                gateway,
+                totals,
+                releases,
+                histogram,
+                counted_from,
+                ttft_limit,
+                r,
+                now,
+            )
             dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, r)
             start_step(requests, replicas, engine, r, now)
     return now

@@ -32,7 +32,13 @@ class Traffic:
 
 
 def poisson(
-    requests: int, rate: float, users: int, prompt_tokens: float, output_tokens: float, spread: float = 0.0, seed: int = 0
+    requests: int,
+    rate: float,
+    users: int,
+    prompt_tokens: float,
+    output_tokens: float,
+    spread: float = 0.0,
+    seed: int = 0,
 ) -> Traffic:
     """An open loop. `spread` is the coefficient of variation of both lengths (log-normal)."""
     random = np.random.default_rng(seed)
