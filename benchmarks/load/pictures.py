@@ -39,7 +39,7 @@ class Pictures:
             servers = self._with(loads)
             with drawing(plot, x="streams at once", y="output tokens a second; bars: 95 % interval") as axes:
                 for server in servers:
-                    found = {x.streams: self.summary.estimate(server, x, "output_throughput") for x in loads}
+                    found = {x.streams or 0: self.summary.estimate(server, x, "output_throughput") for x in loads}
                     known = {streams: value for streams, value in found.items() if value is not None}
                     axes.errorbar(
                         list(known), [value.value for value in known.values()], yerr=_bars(list(known.values())),
@@ -128,7 +128,8 @@ class Pictures:
                     known = [(rate, value) for rate, value in zip(rates, found, strict=True) if value]
                     axes.errorbar(
                         [rate for rate, _ in known], [value.value for _, value in known],
-                        yerr=_bars([value for _, value in known]), capsize=2.5, elinewidth=1, **self.styles[server].marked,
+                        yerr=_bars([value for _, value in known]), capsize=2.5, elinewidth=1,
+                        **self.styles[server].marked,
                     )  # fmt: skip
                     plot.rows.append((self.summary.title(server), *(v.text() if v else "" for v in found)))
                 axes.set_ylim(bottom=0)
@@ -141,7 +142,7 @@ class Pictures:
             (load, [s for s in self._with([load]) if _several_users(self.summary.measurements(s, load)[0])])
             for load in self.summary.loads("users", "trace")
         ]
-        for nth, (load, servers) in enumerate((x for x in shared if x[1])):
+        for nth, (load, servers) in enumerate(x for x in shared if x[1]):
             found = {
                 server: fairness(self.summary.measurements(server, load)[0], self.summary.slo) for server in servers
             }

@@ -1,7 +1,7 @@
 """Pictures as SVG that follows the page: its font, its colours in light and dark, its width.
 
-matplotlib draws with colours that stand for CSS variables and are replaced afterwards. Each server has a colour, a marker
-and a line style of its own, so that no two need colour to be told apart (Okabe and Ito's palette, 2008).
+matplotlib draws with colours that stand for CSS variables and are replaced afterwards. Each server has a colour, a
+marker and a line style of its own, so that no two need colour to be told apart.
 """
 
 import io
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,11 +44,11 @@ class Style:
         return f"#02{self.number % SERIES:02x}00"
 
     @property
-    def line(self) -> dict[str, object]:
+    def line(self) -> dict[str, Any]:
         return {"color": self.colour, "linestyle": _DASHES[self.number % SERIES]}
 
     @property
-    def marked(self) -> dict[str, object]:
+    def marked(self) -> dict[str, Any]:
         return self.line | {"marker": _MARKERS[self.number % SERIES]}
 
 
@@ -92,7 +92,7 @@ def swatch(style: Style, *, marker: bool = True) -> str:
         axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(0, 1))
         drawn = style.marked if marker else style.line
-        axes.plot([0.04, 0.5, 0.96], [0.5] * 3, markevery=[1], **drawn)  # type: ignore[arg-type]
+        axes.plot([0.04, 0.5, 0.96], [0.5] * 3, markevery=[1], **drawn)
         plot = Plot(f"swatch-{style.number}-{marker}", "", "")
         return _svg(figure.savefig, plot).replace('role="img"', 'aria-hidden="true"')
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from benchmarks.load.fairness import fairness
 from benchmarks.load.pictures import Pictures
 from benchmarks.load.plots import Plot
-from benchmarks.load.run_file import Run
+from benchmarks.load.run_file import Run, read
 from benchmarks.load.summary import METRICS, Summary, load_of
 from benchmarks.load.targets import targets
 
@@ -47,6 +48,20 @@ def write_report(run: Run, path: Path) -> None:
     beside.replace(path)
 
 
+@click.command("report")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: beside the file, .html.")
+def command(file: Path, output: Path | None) -> None:
+    """Write the report of a run anew. FILE is the JSON file that `bench run` wrote."""
+    try:
+        run = read(file)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    output = output or file.with_suffix(".html")
+    write_report(run, output)
+    click.echo(output)
+
+
 def render(run: Run) -> str:
     """As HTML."""
     summary = Summary(run)
@@ -66,8 +81,11 @@ def render(run: Run) -> str:
         users=list(_users(summary)),
         limits=[
             (title, part)
-            for title, part in (("Highest rate that holds the SLO", run.slo), ("Ceiling of the serving layer", run.ceiling),
-                                ("Replicas killed under load", run.chaos))
+            for title, part in (
+                ("Highest rate that holds the SLO", run.slo),
+                ("Ceiling of the serving layer", run.ceiling),
+                ("Replicas killed under load", run.chaos),
+            )
             if part
         ],
         sizing=_sizing(run.sizing) if run.sizing else None,

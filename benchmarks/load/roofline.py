@@ -1,4 +1,4 @@
-"""What this machine can do, what a token needs, and so how fast any server could be (Williams et al., *Roofline*, 2009).
+"""What this machine can do, what a token needs, and so how fast a server could be (Williams et al., *Roofline*, 2009).
 
 A decode step reads all weights once, whatever the batch, and the KV cache of each sequence. A token costs two
 operations a weight. The bound at a batch size is the slower of the two.

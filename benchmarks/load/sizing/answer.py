@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from benchmarks.load.sizing.engine_model import EngineModel
-from benchmarks.load.sizing.simulator import Cluster, Outcome, run
+from benchmarks.load.sizing.simulator import ONE_REPLICA, Cluster, Outcome, run
 from benchmarks.load.sizing.traffic import Traffic, poisson
 from benchmarks.load.summary import Slo
 
@@ -70,7 +70,7 @@ class Answer:
 def size(
     model: EngineModel,
     wanted: Wanted,
-    cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
+    cluster: Cluster = ONE_REPLICA,
     *,
     autoscale: bool = False,
     told: Callable[[Trial], None] = lambda trial: None,

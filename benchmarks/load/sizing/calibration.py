@@ -9,6 +9,7 @@ single gaps, as quantiles.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from benchmarks.load.sizing.engine_model import (
     DEFAULT_MAX_SEQS,
     EngineModel,
 )
-from benchmarks.load.sizing.simulator import Cluster, Outcome, run
+from benchmarks.load.sizing.simulator import ONE_REPLICA, Cluster, Outcome, run
 from benchmarks.load.sizing.traffic import of_measurement
 from benchmarks.load.summary import tokens_of, ttft
 
@@ -51,7 +52,7 @@ def calibrate(
     max_seqs: int = DEFAULT_MAX_SEQS,
     max_batched_tokens: int = DEFAULT_MAX_BATCHED_TOKENS,
     kv_tokens: int = DEFAULT_KV_TOKENS,
-    cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
+    cluster: Cluster = ONE_REPLICA,
 ) -> EngineModel:
     """Of one server with one replica, under several loads. Raises ValueError where no reply has two tokens."""
     steps = [found for measurement in measurements if (found := steps_of(measurement)) is not None]
@@ -162,7 +163,7 @@ def _knots(sequences: Floats) -> Floats:
 def _ramps(sequences: Floats, knots: Floats) -> Floats:
     """A column of ones, then for each stretch between knots how much of it lies below: 0 to 1."""
     columns = [np.ones_like(sequences)]
-    for low, high in zip(knots[:-1], knots[1:], strict=True):
+    for low, high in pairwise(knots):
         columns.append(np.clip((sequences - low) / (high - low), 0.0, 1.0))
     return np.stack(columns, axis=1)
 

@@ -72,7 +72,7 @@ def start_step(requests: Requests, replicas: Replicas, engine: Engine, r: int, n
         noise = engine.noise[int(random.random() * len(engine.noise))]
     else:
         noise = max(0.5, 1.0 + engine.noise_sd / math.sqrt(count) * random.gauss(0.0, 1.0))
-    replicas.completing[r], replicas.count[r] = completing, count
+    replicas.completing[r], replicas.making[r] = completing, count
     replicas.plain_s[r], replicas.step_s[r] = plain, plain * noise
     replicas.began[r], replicas.cuttable[r], replicas.busy[r] = now, not tokens, True
     set_until(replicas, r, now + count * plain * noise)
@@ -91,13 +91,13 @@ def offer(requests: Requests, replicas: Replicas, engine: Engine, r: int, i: int
         return
     if not replicas.busy[r]:
         # A step begins with all that came at this moment, not with the first of it.
-        replicas.busy[r], replicas.cuttable[r], replicas.count[r] = True, False, 0
+        replicas.busy[r], replicas.cuttable[r], replicas.making[r] = True, False, 0
         set_until(replicas, r, now)
-    elif replicas.cuttable[r] and replicas.count[r] > 1:
+    elif replicas.cuttable[r] and replicas.making[r] > 1:
         done = math.ceil((now - replicas.began[r]) / replicas.step_s[r])
-        replicas.count[r] = min(replicas.count[r], max(1, done))
+        replicas.making[r] = min(replicas.making[r], max(1, done))
         replicas.cuttable[r] = False
-        set_until(replicas, r, replicas.began[r] + replicas.count[r] * replicas.step_s[r])
+        set_until(replicas, r, replicas.began[r] + replicas.making[r] * replicas.step_s[r])
 
 
 @njit(cache=True)
@@ -177,7 +177,7 @@ def end_steps(
     now: float,
 ) -> None:
     """Tokens of the steps that replica r has just made."""
-    count = replicas.count[r]
+    count = replicas.making[r]
     if count == 0:  # it was idle, and wakes up
         return
     replicas.steps[r] += count
@@ -233,12 +233,12 @@ def simulate(
         sent = requests.arrival[order[nth]] if nth < len(order) else _INFINITE
         released = releases[0][0] if totals[HEAP] > 0 else _INFINITE
         stepped = replicas.until[replicas.order[0]]
-        now = min(min(sent, released), min(stepped, next_tick))
+        now = min(sent, released, stepped, next_tick)
         if now == next_tick:
             tick(replicas, autoscaler, engine.kv_tokens, totals, scaling, now)
             next_tick += TICK_S
             dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, NONE)
-        elif now == sent or now == released:  # before steps: what comes as one begins is in it
+        elif now in (sent, released):  # before steps: what comes as one begins is in it
             if sent <= released:
                 i = order[nth]
                 nth += 1

@@ -45,6 +45,9 @@ class Cluster:
     startup_s: float = 100.0
 
 
+ONE_REPLICA = Cluster()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One entry a request; NaN for what was refused or, in an aborted run, had not come yet."""
@@ -91,7 +94,7 @@ class Outcome:
 def run(
     traffic: Traffic,
     model: EngineModel,
-    cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
+    cluster: Cluster = ONE_REPLICA,
     *,
     ttft_limit_s: float = float("inf"),
     late_share: float = 1.0,
@@ -207,7 +210,7 @@ def _replicas(size: int, up: int, max_seqs: int) -> Replicas:
         began=np.zeros(size),
         step_s=np.zeros(size),
         plain_s=np.zeros(size),
-        count=zeros(),
+        making=zeros(),
         cuttable=np.zeros(size, dtype=np.bool_),
         busy=np.zeros(size, dtype=np.bool_),
         finish_step=np.zeros((size, max_seqs + 1), dtype=np.int64),

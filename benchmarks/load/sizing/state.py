@@ -63,7 +63,7 @@ class Replicas(NamedTuple):
     began: Array
     step_s: Array  # of the steps under way, noise included
     plain_s: Array  # and without noise
-    count: Array  # steps under way
+    making: Array  # steps under way
     cuttable: Array  # decode only: a newcomer gets in after the next step
     busy: Array
     finish_step: Array  # heap a replica: the step at which a sequence ends
