@@ -168,7 +168,7 @@ class Pictures:
                     plot.rows.append((user, f"{one.services[user][-1]:.0f}"))
                 axes.set_ylim(bottom=0)
                 plot.alt = _alt("Service of each user over time", plot)
-            plot.legend = [(swatch(Style(number)), user) for number, user in enumerate(users)]
+            plot.legend = [(swatch(Style(number), plot.key), user) for number, user in enumerate(users)]
             yield plot
 
     def roofline(self) -> Iterable[Plot]:
@@ -214,7 +214,7 @@ class Pictures:
         return [server for server in self.order if any((server, load) in self.summary.cells for load in loads)]
 
     def _with_legend(self, plot: Plot, servers: Sequence[str]) -> Plot:
-        plot.legend = [(swatch(self.styles[server]), self.summary.title(server)) for server in servers]
+        plot.legend = [(swatch(self.styles[server], plot.key), self.summary.title(server)) for server in servers]
         return plot
 
     def _busiest(self) -> Load | None:

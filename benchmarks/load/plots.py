@@ -81,8 +81,8 @@ def drawing(plot: Plot, *, x: str, y: str) -> Iterator["Axes"]:
         plot.svg = _svg(figure.savefig, plot)
 
 
-def swatch(style: Style, *, marker: bool = True) -> str:
-    """A piece of line for a legend."""
+def swatch(style: Style, key: str) -> str:
+    """A piece of line for the legend of the plot `key`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -91,9 +91,8 @@ def swatch(style: Style, *, marker: bool = True) -> str:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(0, 1))
-        drawn = style.marked if marker else style.line
-        axes.plot([0.04, 0.5, 0.96], [0.5] * 3, markevery=[1], **drawn)
-        plot = Plot(f"swatch-{style.number}-{marker}", "", "")
+        axes.plot([0.04, 0.5, 0.96], [0.5] * 3, markevery=[1], **style.marked)
+        plot = Plot(f"{key}-legend-{style.number}", "", "")
         return _svg(figure.savefig, plot).replace('role="img"', 'aria-hidden="true"')
 
 
@@ -105,6 +104,7 @@ def _svg(save: Callable[..., None], plot: Plot) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     # Several pictures share a page: their ids must differ.
     for before in ('id="', 'href="#', "url(#"):
         text = text.replace(before, f"{before}{plot.key}-")

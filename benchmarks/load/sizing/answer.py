@@ -60,7 +60,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Answer:
-    """`replicas` is None where not even the most hold the SLO. `scaled` is the same load with the autoscaler on."""
+    """`replicas` is None where not even the most hold the SLO.
+
+    `scaled` is the same load with the autoscaler on, from that number of replicas.
+    """
 
     replicas: int | None
     trials: list[Trial]
@@ -95,7 +98,9 @@ def size(
     scaled = None
     if autoscale and found is not None:
         most = min(MOST_REPLICAS, math.ceil(found * 1.5) + 1)
-        scaled = _trial(model, wanted, wanted.traffic(wanted.count), replace(cluster, replicas=1, max_replicas=most))
+        scaled = _trial(
+            model, wanted, wanted.traffic(wanted.count), replace(cluster, replicas=found, max_replicas=most)
+        )
     return Answer(found, sorted(trials.values(), key=lambda trial: (trial.replicas, trial.requests)), scaled)
 
 

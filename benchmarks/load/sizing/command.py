@@ -89,11 +89,11 @@ def command(
 
     cluster = dataclasses.replace(ONE_REPLICA, startup_s=startup_s)
     answer = size(model, wanted, cluster, autoscale=autoscale, told=progress)
-    table = Table("replicas", "requests", "TTFT p50, ms", "p99", "ITL p50, ms", "p99", "SLO met", "tokens/s", "holds")
+    table = Table("replicas", "requests", "TTFT p50/p99, ms", "ITL p50/p99, ms", "SLO met", "tokens/s", "holds")
     for trial in answer.trials:
         table.add_row(*_row(trial, str(trial.replicas)))
     if answer.scaled is not None:
-        table.add_row(*_row(answer.scaled, f"scaled, {answer.scaled.mean_replicas:.1f} on average"))
+        table.add_row(*_row(answer.scaled, f"scaled: {answer.scaled.mean_replicas:.1f}"))
     console = Console()
     console.print(table)
     if answer.replicas is None:
@@ -104,9 +104,11 @@ def command(
 
 def _row(trial: "Trial", name: str) -> list[str]:
     def ms(seconds: float) -> str:
-        return f"{1000 * seconds:.0f}" if math.isfinite(seconds) else "too long"
+        return f"{1000 * seconds:.0f}"
 
     share = "" if math.isnan(trial.attainment) else f"{trial.attainment:.1%}"
     rate = "" if math.isnan(trial.output_throughput) else f"{trial.output_throughput:.0f}"
-    waits = (trial.ttft_p50, trial.ttft_p99, trial.itl_p50, trial.itl_p99)
-    return [name, str(trial.requests), *map(ms, waits), share, rate, "yes" if trial.holds else "no"]
+    waits, gaps = f"{ms(trial.ttft_p50)} / {ms(trial.ttft_p99)}", f"{ms(trial.itl_p50)} / {ms(trial.itl_p99)}"
+    if not math.isfinite(trial.ttft_p99):
+        waits, gaps = "too long", ""
+    return [name, str(trial.requests), waits, gaps, share, rate, "yes" if trial.holds else "no"]
