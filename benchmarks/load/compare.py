@@ -6,14 +6,17 @@ tolerance. Where a side has one round only there is no interval, and the ratio m
 share of failed requests is a regression where it grows by more than `FAILURES`.
 """
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+import click
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.load.estimates import Estimate, unpaired_ratio
-from benchmarks.load.run_file import Run
+from benchmarks.load.run_file import Run, read
 from benchmarks.load.summary import METRICS, Load, Summary
 
 TOLERANCE = 0.05
@@ -99,18 +102,14 @@ def _cells(change: Change) -> tuple[str, str, str, str]:
     return f"{title}, {unit}", *values, change.ratio.text(3)
 
 
-def _change(
-    before: Summary, after: Summary, server: str, load: Load, metric: str, tolerance: float
-) -> Change | None:
+def _change(before: Summary, after: Summary, server: str, load: Load, metric: str, tolerance: float) -> Change | None:
     old, new = before.estimate(server, load, metric), after.estimate(server, load, metric)
     ratio = unpaired_ratio(
         list(after.rounds(server, load, metric).values()), list(before.rounds(server, load, metric).values())
     )
     if old is None or new is None or ratio is None:
         return None
-    return Change(
-        server, load, metric, old.value, new.value, ratio, verdict(ratio, METRICS[metric][3], tolerance)
-    )
+    return Change(server, load, metric, old.value, new.value, ratio, verdict(ratio, METRICS[metric][3], tolerance))
 
 
 def verdict(ratio: Estimate, higher_is_better: bool, tolerance: float) -> Verdict:
@@ -158,3 +157,28 @@ def _differences(old: Run, new: Run) -> list[str]:
     if old.profile != new.profile:
         found.append(f"profile: {old.profile}, now {new.profile}")
     return found
+
+
+@click.command("compare")
+@click.argument("old", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("new", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0),
+    default=TOLERANCE,
+    show_default=True,
+    help="A change that is none, as a share.",
+)
+@click.option("--all", "everything", is_flag=True, help="What did not change too.")
+def command(old: Path, new: Path, tolerance: float, everything: bool) -> None:
+    """Hold a run against an older one. Exits with 1 where it is worse by more than noise and tolerance explain.
+
+    OLD and NEW are JSON files of `bench run`. A figure is worse where the 95 % interval of new / old lies beyond
+    1 + tolerance on the bad side; with one round on a side there is no interval, and five tolerances are allowed.
+    """
+    try:
+        comparison = compare(read(old), read(new), tolerance)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    show(comparison, Console(), everything=everything)
+    sys.exit(1 if comparison.regressions else 0)

@@ -6,6 +6,7 @@ count; a failed request is counted by its kind of error. Goodput is the requests
 al., DistServe, OSDI 2024).
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from benchmarks.load.run_file import Measurement, Request, Run
 
 # Where the run's options name no SLO.
 DEFAULT_TTFT_MS, DEFAULT_ITL_MS = 1000.0, 250.0
+_NUMBER = re.compile(r",? ?\b[\d.]+ ?(streams?\b|(req)?/s\b)")
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,19 @@ class Load:
     streams: int | None = None
     rate: float | None = None
 
+    @property
+    def family(self) -> str:
+        """The workload's name without streams and rate: what makes one line of a plot."""
+        return _NUMBER.sub("", self.workload) or self.workload
+
     def __str__(self) -> str:
+        if self.family != self.workload:
+            return self.workload
         if self.rate is not None:
-            return f"{self.workload}, {self.rate:g} req/s"
-        return f"{self.workload}, {self.streams} streams" if self.streams is not None else self.workload
+            return f"{self.workload}, {self.rate:g}/s"
+        if self.streams is not None:
+            return f"{self.workload}, {self.streams} stream{'s' if self.streams > 1 else ''}"
+        return self.workload
 
 
 # name: (title, unit, factor to that unit, higher is better, how to get it). The ones that are compared and tabulated.
@@ -169,9 +180,9 @@ class Summary:
         """In the order of the run, streams and rates rising."""
         order: dict[tuple[str, str], int] = {}
         for measurement in self.run.measurements:
-            order.setdefault((measurement.workload, measurement.kind), len(order))
+            order.setdefault((load_of(measurement).family, measurement.kind), len(order))
         found = {load for _, load in self.cells if not kinds or load.kind in kinds}
-        return sorted(found, key=lambda x: (order[x.workload, x.kind], x.streams or 0, x.rate or 0.0))
+        return sorted(found, key=lambda x: (order[x.family, x.kind], x.streams or 0, x.rate or 0.0))
 
     def servers(self, load: Load | None = None) -> list[str]:
         """Those with a valid measurement, in the run's order."""

@@ -10,6 +10,9 @@ SUBCOMMANDS = {
     "slo": ("benchmarks.load.slo", "Find the highest rate at which p99 TTFT and p99 ITL hold."),
     "ceiling": ("benchmarks.load.ceiling", "Find what the serving layer can do with no inference in the way."),
     "chaos": ("benchmarks.load.chaos", "Kill replicas under load and tell what clients saw."),
+    "report": ("benchmarks.load.report", "Write the report of a run anew."),
+    "compare": ("benchmarks.load.compare", "Hold a run against an older one; fails where it is worse."),
+    "size": ("benchmarks.load.sizing.command", "Find how many replicas a load needs, by simulation."),
 }
 
 

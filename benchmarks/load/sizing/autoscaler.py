@@ -41,8 +41,9 @@ class Autoscaler(NamedTuple):
 
 
 @njit(cache=True)
-def wanted_replicas(tokens: float, queued_tokens: float, requests: float, per_replica: int, current: int,
-                    target_load: float) -> int:
+def wanted_replicas(
+    tokens: float, queued_tokens: float, requests: float, per_replica: int, current: int, target_load: float
+) -> int:
     if requests == 0:
         return 0
     needed = (tokens + queued_tokens) / (per_replica * target_load)
@@ -69,7 +70,11 @@ def tick(replicas: Replicas, settings: Autoscaler, kv_tokens: int, totals: Array
         return
     target = int(scaling[TARGET])
     wanted = wanted_replicas(
-        totals[ROOM_TOKENS], totals[QUEUED_TOKENS], totals[ROOM_REQUESTS] + totals[QUEUED], kv_tokens, target,
+        totals[ROOM_TOKENS],
+        totals[QUEUED_TOKENS],
+        totals[ROOM_REQUESTS] + totals[QUEUED],
+        kv_tokens,
+        target,
         settings.target_load,
     )
     if totals[UP_COUNT] < target:

@@ -20,8 +20,8 @@ def _no_noise() -> Floats:
 class EngineModel:
     """A step with `n` sequences takes `decode_s` at n, between the knots on a straight line and so on past the last.
 
-    `noise` are quantiles of a step's time over the time expected; their mean is 1. `overhead_s` is spent on each request
-    outside the engine: network, gateway, tokenizer, client.
+    `noise` are quantiles of a step's time over the time expected; their mean is 1. `overhead_s` is spent on each
+    request outside the engine: network, gateway, tokenizer, client.
     """
 
     knots: tuple[float, ...]  # numbers of sequences, rising

@@ -72,7 +72,7 @@ def start_step(requests: Requests, replicas: Replicas, engine: Engine, r: int, n
         noise = engine.noise[int(random.random() * len(engine.noise))]
     else:
         noise = max(0.5, 1.0 + engine.noise_sd / math.sqrt(count) * random.gauss(0.0, 1.0))
-    replicas.completing[r], replicas.count[r] = completing, count
+    replicas.completing[r], replicas.making[r] = completing, count
     replicas.plain_s[r], replicas.step_s[r] = plain, plain * noise
     replicas.began[r], replicas.cuttable[r], replicas.busy[r] = now, not tokens, True
     set_until(replicas, r, now + count * plain * noise)
@@ -90,17 +90,20 @@ def offer(requests: Requests, replicas: Replicas, engine: Engine, r: int, i: int
     if r == stepping:
         return
     if not replicas.busy[r]:
-        start_step(requests, replicas, engine, r, now)
-    elif replicas.cuttable[r] and replicas.count[r] > 1:
+        # A step begins with all that came at this moment, not with the first of it.
+        replicas.busy[r], replicas.cuttable[r], replicas.making[r] = True, False, 0
+        set_until(replicas, r, now)
+    elif replicas.cuttable[r] and replicas.making[r] > 1:
         done = math.ceil((now - replicas.began[r]) / replicas.step_s[r])
-        replicas.count[r] = min(replicas.count[r], max(1, done))
+        replicas.making[r] = min(replicas.making[r], max(1, done))
         replicas.cuttable[r] = False
-        set_until(replicas, r, replicas.began[r] + replicas.count[r] * replicas.step_s[r])
+        set_until(replicas, r, replicas.began[r] + replicas.making[r] * replicas.step_s[r])
 
 
 @njit(cache=True)
-def ended(requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int, status: int,
-          now: float) -> None:
+def ended(
+    requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int, status: int, now: float
+) -> None:
     """Its client has the whole reply or the refusal, and goes on with what it wanted to send next."""
     requests.status[i] = status
     totals[ENDED] += 1
@@ -110,15 +113,26 @@ def ended(requests: Requests, gateway: Gateway, totals: Array, releases: tuple[A
 
 
 @njit(cache=True)
-def refuse(requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int,
-           now: float) -> None:
+def refuse(
+    requests: Requests, gateway: Gateway, totals: Array, releases: tuple[Array, Array], i: int, now: float
+) -> None:
     totals[LATE] += 1
     ended(requests, gateway, totals, releases, i, REFUSED, now)
 
 
 @njit(cache=True)
-def dispatch(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway, homes: Array,
-             totals: Array, releases: tuple[Array, Array], now: float, stepping: int) -> None:
+def dispatch(
+    requests: Requests,
+    users: Users,
+    replicas: Replicas,
+    engine: Engine,
+    gateway: Gateway,
+    homes: Array,
+    totals: Array,
+    releases: tuple[Array, Array],
+    now: float,
+    stepping: int,
+) -> None:
     """Sends what waits at the gateway to replicas, as far as there is room."""
     while totals[QUEUED]:
         u = next_user(users, requests)
@@ -148,18 +162,33 @@ def dispatch(requests: Requests, users: Users, replicas: Replicas, engine: Engin
 
 
 @njit(cache=True)
-def end_steps(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway, totals: Array,
-              releases: tuple[Array, Array], histogram: Array, ttft_limit: float, r: int, now: float) -> None:
+def end_steps(
+    requests: Requests,
+    users: Users,
+    replicas: Replicas,
+    engine: Engine,
+    gateway: Gateway,
+    totals: Array,
+    releases: tuple[Array, Array],
+    histogram: Array,
+    counted_from: float,
+    ttft_limit: float,
+    r: int,
+    now: float,
+) -> None:
     """Tokens of the steps that replica r has just made."""
-    count = replicas.count[r]
+    count = replicas.making[r]
+    if count == 0:  # it was idle, and wakes up
+        return
     replicas.steps[r] += count
-    spot = int(HISTOGRAM_PER_E * math.log(replicas.plain_s[r] / HISTOGRAM_FROM))
-    histogram[min(HISTOGRAM_BINS - 1, max(0, spot))] += count * replicas.running[r]
+    if now >= counted_from:
+        spot = int(HISTOGRAM_PER_E * math.log(replicas.plain_s[r] / HISTOGRAM_FROM))
+        histogram[min(HISTOGRAM_BINS - 1, max(0, spot))] += count * replicas.running[r]
     for _ in range(replicas.completing[r]):
         i = replicas.head[r]
         replicas.head[r] = requests.after[i]
         requests.first[i] = now
-        if now + gateway.overhead_s - requests.arrival[i] > ttft_limit:
+        if requests.arrival[i] >= counted_from and now + gateway.overhead_s - requests.arrival[i] > ttft_limit:
             totals[LATE] += 1
         push_finish(replicas, r, replicas.steps[r] + requests.output[i] - 1, i, replicas.running[r])
         replicas.running[r] += 1
@@ -176,12 +205,27 @@ def end_steps(requests: Requests, users: Users, replicas: Replicas, engine: Engi
 
 
 @njit(cache=True)
-def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engine, gateway: Gateway,
-             autoscaler: Autoscaler, homes: Array, totals: Array, scaling: Array, releases: tuple[Array, Array],
-             histogram: Array, order: Array, ttft_limit: float, late_limit: float, seed: int) -> float:
+def simulate(
+    requests: Requests,
+    users: Users,
+    replicas: Replicas,
+    engine: Engine,
+    gateway: Gateway,
+    autoscaler: Autoscaler,
+    homes: Array,
+    totals: Array,
+    scaling: Array,
+    releases: tuple[Array, Array],
+    histogram: Array,
+    order: Array,
+    counted_from: float,
+    ttft_limit: float,
+    late_limit: float,
+    seed: int,
+) -> float:
     """Runs until every request has ended, or more than `late_limit` came later than `ttft_limit`. Returns the time.
 
-    `order` are the requests that follow no other, by their time.
+    `order` are the requests that follow no other, by their time. What came before `counted_from` is not counted.
     """
     random.seed(seed)
     nth, now, next_tick = 0, 0.0, 0.0
@@ -189,17 +233,12 @@ def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engin
         sent = requests.arrival[order[nth]] if nth < len(order) else _INFINITE
         released = releases[0][0] if totals[HEAP] > 0 else _INFINITE
         stepped = replicas.until[replicas.order[0]]
-        now = min(min(sent, released), min(stepped, next_tick))
+        now = min(sent, released, stepped, next_tick)
         if now == next_tick:
             tick(replicas, autoscaler, engine.kv_tokens, totals, scaling, now)
             next_tick += TICK_S
             dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, NONE)
-        elif now == stepped:
-            r = replicas.order[0]
-            end_steps(requests, users, replicas, engine, gateway, totals, releases, histogram, ttft_limit, r, now)
-            dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, r)
-            start_step(requests, replicas, engine, r, now)
-        else:
+        elif now in (sent, released):  # before steps: what comes as one begins is in it
             if sent <= released:
                 i = order[nth]
                 nth += 1
@@ -211,4 +250,22 @@ def simulate(requests: Requests, users: Users, replicas: Replicas, engine: Engin
                 continue
             join(requests, users, totals, i)
             dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, NONE)
+        else:
+            r = replicas.order[0]
+            end_steps(
+                requests,
+                users,
+                replicas,
+                engine,
+                gateway,
+                totals,
+                releases,
+                histogram,
+                counted_from,
+                ttft_limit,
+                r,
+                now,
+            )
+            dispatch(requests, users, replicas, engine, gateway, homes, totals, releases, now, r)
+            start_step(requests, replicas, engine, r, now)
     return now

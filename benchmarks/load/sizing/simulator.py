@@ -45,6 +45,9 @@ class Cluster:
     startup_s: float = 100.0
 
 
+ONE_REPLICA = Cluster()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One entry a request; NaN for what was refused or, in an aborted run, had not come yet."""
@@ -91,13 +94,17 @@ class Outcome:
 def run(
     traffic: Traffic,
     model: EngineModel,
-    cluster: Cluster = Cluster(),  # noqa: B008  (frozen)
+    cluster: Cluster = ONE_REPLICA,
     *,
     ttft_limit_s: float = float("inf"),
     late_share: float = 1.0,
+    warm_up_s: float = 0.0,
     seed: int = 0,
 ) -> Outcome:
-    """Aborts where more than `late_share` of the requests come later than `ttft_limit_s`: enough for a p99 to fail."""
+    """Aborts where more than `late_share` of the requests come later than `ttft_limit_s`: enough for a p99 to fail.
+
+    Requests of the first `warm_up_s` are served, but not told of.
+    """
     size = max(cluster.replicas, cluster.max_replicas or 0)
     engine = model.compiled()
     requests, users = _requests(traffic), _users(traffic)
@@ -125,20 +132,21 @@ def run(
     order = first[np.argsort(traffic.arrival[first], kind="stable")]
     following = int(np.isinf(traffic.arrival).sum()) + 1
     releases = np.full(following, np.inf), np.zeros(following, dtype=np.int64)
-    late = late_share * len(traffic)
+    counted = ~(traffic.arrival < warm_up_s)
+    late = late_share * counted.sum()
     ended = simulate(
         requests, users, replicas, engine, gateway, autoscaler, homes, totals, scaling, releases, histogram, order,
-        ttft_limit_s, late, seed,
+        warm_up_s, ttft_limit_s, late, seed,
     )  # fmt: skip
     served = requests.status == SERVED
     ttft = np.where(np.isfinite(requests.first), requests.first - requests.arrival + model.overhead_s, np.nan)
     steps = np.maximum(1, traffic.output - 1)
     tpot = np.where(served & (traffic.output > 1), (requests.last - requests.first) / steps, np.nan)
-    begin = float(traffic.arrival[order[0]]) if len(order) else 0.0
+    begin = max(warm_up_s, float(traffic.arrival[order[0]]) if len(order) else 0.0)
     return Outcome(
-        ttft_s=ttft,
-        tpot_s=tpot,
-        output=traffic.output,
+        ttft_s=ttft[counted],
+        tpot_s=tpot[counted],
+        output=traffic.output[counted],
         duration_s=max(1e-9, float(np.nanmax(requests.last, initial=begin)) + model.overhead_s - begin),
         aborted=bool((requests.status == 0).any()),
         step_s=HISTOGRAM_FROM * np.exp((np.arange(HISTOGRAM_BINS) + 0.5) / HISTOGRAM_PER_E),
@@ -202,7 +210,7 @@ def _replicas(size: int, up: int, max_seqs: int) -> Replicas:
         began=np.zeros(size),
         step_s=np.zeros(size),
         plain_s=np.zeros(size),
-        count=zeros(),
+        making=zeros(),
         cuttable=np.zeros(size, dtype=np.bool_),
         busy=np.zeros(size, dtype=np.bool_),
         finish_step=np.zeros((size, max_seqs + 1), dtype=np.int64),

@@ -13,7 +13,9 @@ NONE = -1
 WAITING, SERVED, REFUSED = 0, 1, 2  # of requests
 OFF, STARTING, UP, DRAINING = 0, 1, 2, 3  # of replicas
 # Indices into `totals`.
-ROOM_TOKENS, ROOM_REQUESTS, QUEUED, QUEUED_TOKENS, TURN, UP_COUNT, LATE, IN_FLIGHT, REPLICA_SECONDS, ENDED, HEAP = range(11)
+ROOM_TOKENS, ROOM_REQUESTS, QUEUED, QUEUED_TOKENS, TURN, UP_COUNT, LATE, IN_FLIGHT, REPLICA_SECONDS, ENDED, HEAP = (
+    range(11)
+)
 
 
 class Requests(NamedTuple):
@@ -61,7 +63,7 @@ class Replicas(NamedTuple):
     began: Array
     step_s: Array  # of the steps under way, noise included
     plain_s: Array  # and without noise
-    count: Array  # steps under way
+    making: Array  # steps under way
     cuttable: Array  # decode only: a newcomer gets in after the next step
     busy: Array
     finish_step: Array  # heap a replica: the step at which a sequence ends

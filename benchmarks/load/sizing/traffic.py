@@ -1,6 +1,7 @@
 """Loads for the simulator: made up (Poisson), or those that a measurement really had."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Traffic:
-    """One entry a request. `follower` is the request that the same client sends `think` seconds after this one's end."""
+    """One entry a request. `follower` is what the same client sends `think` seconds after this one's end."""
 
     arrival: Floats  # seconds; infinite for one that follows another
     user: Ints
@@ -32,7 +33,13 @@ class Traffic:
 
 
 def poisson(
-    requests: int, rate: float, users: int, prompt_tokens: float, output_tokens: float, spread: float = 0.0, seed: int = 0
+    requests: int,
+    rate: float,
+    users: int,
+    prompt_tokens: float,
+    output_tokens: float,
+    spread: float = 0.0,
+    seed: int = 0,
 ) -> Traffic:
     """An open loop. `spread` is the coefficient of variation of both lengths (log-normal)."""
     random = np.random.default_rng(seed)
@@ -82,7 +89,7 @@ def _chain(requests: list[Request], streams: int, arrival: Floats, follower: Int
         arrival[nth] = np.inf
 
 
-def _alone(requests: int) -> dict[str, NDArray[np.generic]]:
+def _alone(requests: int) -> dict[str, Any]:
     """No request has to do with another."""
     return {
         "follower": np.full(requests, NONE),
@@ -96,4 +103,5 @@ def _lengths(random: np.random.Generator, count: int, mean: float, spread: float
     if not spread:
         return np.full(count, max(1, round(mean)), dtype=np.int64)
     sigma = np.sqrt(np.log1p(spread**2))
-    return np.maximum(1, np.rint(random.lognormal(np.log(mean) - sigma**2 / 2, sigma, count))).astype(np.int64)
+    drawn = random.lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
+    return np.asarray(np.maximum(1, np.rint(drawn)), dtype=np.int64)

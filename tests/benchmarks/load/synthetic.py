@@ -38,7 +38,7 @@ class _Sequence:
     chunks: list[float] = field(default_factory=list)
 
 
-def serve(engine: Engine, sequences: list[_Sequence], streams: int | None = None) -> list[Request]:
+def serve(engine: Engine, sequences: list[_Sequence], streams: int | None = None) -> list[Request]:  # noqa: PLR0912
     """In a closed loop (`streams`) the next one is sent when one ends; else each at its time."""
     pending = list(sequences)
     begun = pending[:streams] if streams else []

@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.load.run_file import read, write
+from benchmarks.load.sizing.answer import Wanted, size
+from benchmarks.load.sizing.command import command
+from benchmarks.load.sizing.engine_model import EngineModel
+from benchmarks.load.summary import Slo
+from tests.benchmarks.load.synthetic import closed, open_loop, run
+
+MODEL = EngineModel(knots=(1.0, 128.0), decode_s=(0.0215, 0.212), prefill_s=0.0002)
+
+
+def wanted(rate: float, ttft_s: float = 0.5, itl_s: float = 0.15) -> Wanted:
+    return Wanted(10, rate, 100, 60, Slo(ttft_s, itl_s), requests=4000)
+
+
+def test_the_answer_holds_and_one_less_does_not() -> None:
+    answer = size(MODEL, wanted(60))
+    held = {trial.replicas: trial.holds for trial in answer.trials}
+    assert answer.replicas is not None
+    assert held[answer.replicas]
+    assert not held[answer.replicas - 1]
+
+
+def test_a_stricter_slo_needs_no_fewer() -> None:
+    loose, strict = size(MODEL, wanted(60)).replicas, size(MODEL, wanted(60, itl_s=0.06)).replicas
+    assert loose is not None
+    assert strict is not None
+    assert strict > loose
+
+
+def test_a_light_load_needs_one() -> None:
+    assert size(MODEL, wanted(0.5)).replicas == 1
+
+
+def test_an_slo_that_a_request_alone_misses_has_no_answer() -> None:
+    assert size(MODEL, wanted(1, ttft_s=0.001)).replicas is None
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    made = [closed(n) for n in (1, 8, 32)] + [open_loop(rate, requests=60) for rate in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    write(run(made), tmp_path / "run.json")
+    return tmp_path / "run.json"
+
+
+ASKED = ["--rate", "20", "--prompt-tokens", "32", "--output-tokens", "64", "--ttft-ms", "500", "--itl-ms", "150"]
+
+
+def test_the_command_names_the_number(file: Path) -> None:
+    done = CliRunner().invoke(command, [str(file), *ASKED, "--requests", "2000"])
+    assert done.exit_code == 0, done.output
+    assert "replicas hold it" in done.output
+
+
+def test_the_command_puts_its_check_into_the_file(file: Path) -> None:
+    CliRunner().invoke(command, [str(file), *ASKED, "--requests", "2000", "--save"])
+    sizing = read(file).sizing
+    assert sizing is not None
+    assert sizing["rows"]
+
+
+def test_the_command_fails_where_nothing_holds(file: Path) -> None:
+    asked = [str(file), "--rate", "1", "--ttft-ms", "1", "--requests", "1000"]
+    assert CliRunner().invoke(command, asked).exit_code == 1
