@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.load.client import Target
 from benchmarks.load.measuring import Terms, measure
 from benchmarks.load.profiles import OUTPUT, PROMPT
-from benchmarks.load.run import target_of
+from benchmarks.load.servers import target_of
 from benchmarks.load.summary import gaps, tokens_of, ttft
 from benchmarks.load.workloads import ClosedLoop
 

@@ -6,21 +6,24 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from benchmarks.load.client import GREEDY, Target
+from benchmarks.load.client import GREEDY
 from benchmarks.load.interleaving import run_rounds, warm_up
 from benchmarks.load.measuring import Terms
-from benchmarks.load.peers import CONTEXT, GROUPS, Group, Plan, Say, Up, cluster_group, machine_group
-from benchmarks.load.profiles import NEAREST, PROFILES, USERS, Part, Profile
+from benchmarks.load.peers import GROUPS, Group, Plan, Say, Up, cluster_group, machine_group
+from benchmarks.load.profiles import NEAREST, PROFILES, Part, Profile
 from benchmarks.load.records import Recorder, default_path, new_run
-from benchmarks.load.run_file import Measurement, Server
+from benchmarks.load.run_file import Measurement
+from benchmarks.load.servers import plan_of, running_already
 from benchmarks.load.trace import read_trace
 from benchmarks.load.users import read_users
 from synthia_vllm.prompt import SAMPLING_DEFAULTS
@@ -151,22 +154,9 @@ def profile_of(options: Mapping[str, Any]) -> Profile:
     )
 
 
-def plan_of(options: Mapping[str, Any]) -> Plan:
-    """What this machine's servers will serve; makes the demo model if need be."""
-    from synthia_vllm.engine.arguments import default_model, plan_engine
-    from synthia_vllm.engine.hardware import inspect_machine
-    from synthia_vllm.settings import EngineSettings, Settings
-
-    machine = inspect_machine()
-    model = options["model"] or default_model(machine)
-    engine = EngineSettings(max_model_len=CONTEXT, kv_cache_gib=options["kv_cache_gib"])
-    plan = plan_engine(Settings(model=model, engine=engine), machine)
-    return Plan(model, plan, options["kv_cache_gib"], options["replicas"], USERS)
-
-
 def model_of(plan: Plan | None) -> dict[str, Any]:
     if plan is None:
-        return {}
+        return {"name": ""}  # each server's own
     from synthia_vllm.engine.memory import read_geometry
 
     geometry = read_geometry(plan.engine.model, "auto")
@@ -190,11 +180,24 @@ def run_all(
             parts = [dataclasses.replace(part, servers=None) for part in profile.parts["machine"]]
             measure_group(recorder, running_already(options), parts, profile, terms, end, say)
             return
+        say("measuring what this machine can do")
+        take_roofline(recorder, plan, say)
         todo = [group for group in profile.parts if profile.parts[group] and set(GROUPS[group]) & set(wanted)]
         for group in todo:
             start = machine_group if group == "machine" else cluster_group
             until = end - (end - began) * _CLUSTER_SHARE if group != todo[-1] else end
             measure_group(recorder, start(plan, wanted, logs, say), profile.parts[group], profile, terms, until, say)
+
+
+def take_roofline(recorder: Recorder, plan: Plan, say: Say) -> None:
+    """In a process of its own: torch would stay in this one, beside the clients."""
+    from benchmarks.load import roofline
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            recorder.take_roofline(pool.submit(roofline.measure, Path(plan.engine.model)).result())
+        except ValueError as error:
+            say(f"no roofline: {error}")
 
 
 def measure_group(
@@ -206,14 +209,14 @@ def measure_group(
     until: float,
     say: Say,
 ) -> None:
-    from benchmarks.load.summary import Summary
+    from benchmarks.load.summary import slo_of
     from benchmarks.load.terminal import line
 
-    summary = Summary(recorder.run)
+    slo = slo_of(recorder.run)
 
     def done(measurement: Measurement) -> None:
         recorder.take(measurement)
-        say(line(measurement, summary))
+        say(line(measurement, slo))
 
     async def run() -> None:
         await warm_up(servers, terms, say)
@@ -226,54 +229,9 @@ def measure_group(
             asyncio.run(run())
 
 
-@contextmanager
-def running_already(options: Mapping[str, Any]) -> Iterator[list[Up]]:
-    """The servers that `--server` names. Raises ClickException for one that does not answer."""
-    found = []
-    for given in options["servers"]:
-        name, _, url = given.rpartition("=")
-        target = target_of(url, options)
-        found.append(Up(Server(name=name or "server", title=target.url), target))
-    taken = [up.server.name for up in found]
-    if len(set(taken)) < len(taken):
-        raise click.ClickException("--server: give each a name of its own, as in --server old=http://127.0.0.1:8000")
-    yield found
-
-
-def target_of(url: str, options: Mapping[str, Any]) -> Target:
-    """A server that runs, and the model it serves. Raises ClickException where it does not answer."""
-    import httpx
-
-    url = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {options['key']}"} if options["key"] else {}
-    model = options["served_model"]
-    try:
-        if model is None:
-            listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).raise_for_status().json()
-            model = listed["data"][0]["id"]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
-        raise click.ClickException(f"--server {url}: no answer from {url}/v1/models: {error!r}") from error
-    return Target(url, model, options["key"], chat=bool(options.get("chat")))
-
-
-@contextmanager
-def one_server(options: Mapping[str, Any], say: Say) -> Iterator[tuple[str, Target]]:
-    """The server that `--server` names, or ours, started for it. Raises ClickException."""
-    if options["server"]:
-        yield "server", target_of(options["server"], options)
-        return
-    plan = plan_of({"kv_cache_gib": 1.0, "replicas": 1, **options})
-    with (
-        tempfile.TemporaryDirectory(prefix="synthia-bench-") as folder,
-        machine_group(plan, ["ours"], Path(folder), say) as (up,),
-    ):
-        if up.target is None:
-            raise click.ClickException(f"{up.server.name}: {up.server.missing}")
-        yield up.server.name, up.target
-
-
 def finish(recorder: Recorder, console: Console) -> None:
     """The report beside the file, and the summary."""
+    from benchmarks.load.report import write_report
     from benchmarks.load.terminal import show
 
     run = recorder.run
@@ -281,4 +239,6 @@ def finish(recorder: Recorder, console: Console) -> None:
         console.print("nothing was measured", highlight=False)
         return
     show(run, Console())
-    console.print(f"written: {recorder.path}", highlight=False)
+    page = recorder.path.with_suffix(".html")
+    write_report(run, page)
+    console.print(f"written: {recorder.path} and {page}", highlight=False)

@@ -169,7 +169,7 @@ def command(output: Path | None, **options: Any) -> None:
     ITL are within the limits and no request failed.
     """
     from benchmarks.load.records import attach, default_path
-    from benchmarks.load.run import one_server
+    from benchmarks.load.servers import one_server
 
     console = Console(stderr=True, soft_wrap=True)
 
