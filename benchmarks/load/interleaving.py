@@ -56,13 +56,17 @@ async def run_rounds(
             for server in rotated(wanted, number):
                 assert server.target is not None
                 name = server.server.name
-                done(await measure(server.target, part.workload, terms_of(part, terms), server=name, number=number))
+                done(
+                    await measure(
+                        server.target, part.workload, terms_of(part, server, terms), server=name, number=number
+                    )
+                )
             took[at] = time.monotonic() - began
 
 
-def terms_of(part: Part, terms: Terms) -> Terms:
-    """Only a closed loop is ended early: it sends the same however long it lasts."""
-    if part.workload.kind == "closed":
+def terms_of(part: Part, up: Up, terms: Terms) -> Terms:
+    """Only a closed loop is ended early, which sends the same however long it lasts, and only where that is needed."""
+    if part.workload.kind == "closed" and up.limited:
         return terms
     return Terms(terms.seed, terms.sampling, terms.patience)
 

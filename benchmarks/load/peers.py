@@ -53,7 +53,10 @@ GROUPS: Mapping[Group, tuple[str, ...]] = {
 
 @dataclass
 class Peer:
-    """How a server is started, or why it can't be. Peers with one command are ways into one process."""
+    """How a server is started, or why it can't be. Peers with one command are ways into one process.
+
+    limited   so slow that a closed loop is ended early
+    """
 
     name: str
     command: list[str] = field(default_factory=list)
@@ -61,6 +64,7 @@ class Peer:
     package: str = ""  # the distribution whose version is the peer's
     path: str = ""
     chat: bool = False
+    limited: bool = False
     missing: str | None = None
 
 
@@ -71,6 +75,7 @@ class Up:
     server: Server
     target: Target | None = None
     memory: Callable[[], int] | None = None
+    limited: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ def machine_peers(plan: Plan) -> list[Peer]:
     vllm = vllm_distribution()
     # Eager, as ours is: on a CPU torch.compile takes minutes to start and gains little.
     return [
-        Peer("card", card, package="transformers", path="/single"),
-        Peer("card-batched", card, package="transformers", path="/batched"),
+        Peer("card", card, package="transformers", path="/single", limited=True),
+        Peer("card-batched", card, package="transformers", path="/batched", limited=True),
         Peer("vllm-default", [*plain, "--enforce-eager"], package=vllm),
         Peer(
             "vllm-tuned", [python, "-m", _VLLM_SERVER, *plan.engine.arguments], plan.engine.environment, vllm, chat=True
@@ -161,7 +166,7 @@ def _up(peer: Peer, process: RunningServer | str | None, plan: Plan, keys: Mappi
         return Up(server)
     server = server.model_copy(update={"startup_s": process.startup_s})
     target = Target(process.url + peer.path, plan.engine.name, chat=peer.chat, keys=keys)
-    return Up(server, target, process.memory_bytes)
+    return Up(server, target, process.memory_bytes, peer.limited)
 
 
 def make_keys(users: Mapping[str, float], data: Path) -> dict[str, str]:

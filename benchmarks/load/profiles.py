@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.load.conversations import Conversations
 from benchmarks.load.measuring import Workload
-from benchmarks.load.peers import Group
+from benchmarks.load.peers import GROUPS, Group
 from benchmarks.load.prompts import Span
 from benchmarks.load.users import Population, Users
 from benchmarks.load.workloads import ClosedLoop, OpenLoop
@@ -34,7 +34,7 @@ class Part:
 class Profile:
     """`minutes` is what a run may take in all: rounds that would not end in time are not begun.
 
-    limit_s   of a closed loop: what is under way then is left out, so that a slow server does not take all the time
+    limit_s   of a closed loop on the card's script: what is under way then is left out
     """
 
     name: str
@@ -44,24 +44,26 @@ class Profile:
     parts: Mapping[Group, Sequence[Part]]
 
 
-def quick(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (2, 4, 6)) -> Profile:
+def quick(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (2, 5)) -> Profile:
     """20 minutes on 2 cores."""
-    machine = [Part(closed(count), rounds=None if count >= 32 else 2) for count in streams]
-    machine += [Part(OpenLoop(rate, 15, PROMPT, OUTPUT), NEAREST, 1) for rate in rates]
+    machine = [
+        Part(closed(count, waves=1), without_card(count, streams), None if count >= 32 else 1) for count in streams
+    ]
+    machine += [Part(OpenLoop(rate, 12, PROMPT, OUTPUT), NEAREST, 1) for rate in rates]
     machine += [
-        Part(OpenLoop(rates[len(rates) // 2], 15, PROMPT, OUTPUT, burstiness=0.25), NEAREST, 1),
+        Part(OpenLoop(rates[0], 12, PROMPT, OUTPUT, burstiness=0.25), NEAREST, 1),
         Part(Conversations(8, 3, 2.0, 30, Span(24, 24)), NEAREST, 1),
         Part(Users((STEADY,), 10, label="users: steady alone"), NEAREST, 1),
         Part(Users((STEADY, AGGRESSOR), 15, label="users: steady beside an aggressor"), NEAREST, 1),
     ]
-    cluster = [Part(closed(count)) for count in streams if count >= 32]
-    return Profile("quick", 20, 3, 15, {"machine": machine, "cluster": cluster})
+    cluster = [Part(closed(count, waves=1)) for count in streams if count >= 32 or count == max(streams)]
+    return Profile("quick", 20, 3, 10, {"machine": machine, "cluster": cluster})
 
 
 def full(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (1, 2, 4, 6, 8)) -> Profile:
     """90 minutes on 2 cores."""
     near = ("vllm-default", *NEAREST)
-    machine = [Part(closed(count)) for count in streams]
+    machine = [Part(closed(count), without_card(count, streams)) for count in streams]
     machine += [Part(OpenLoop(rate, 60, PROMPT, OUTPUT), near, 1) for rate in rates]
     machine += [
         Part(OpenLoop(rates[len(rates) // 2], 60, PROMPT, OUTPUT, burstiness=0.25), near, 2),
@@ -82,6 +84,13 @@ def full(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (1, 2, 4, 6,
 PROFILES = {"quick": quick, "full": full}
 
 
-def closed(streams: int) -> ClosedLoop:
-    """Twice as many requests as streams: at least four, and the last of them run with fewer beside them."""
-    return ClosedLoop(streams, max(4, 2 * streams), PROMPT, OUTPUT)
+def closed(streams: int, waves: int = 2) -> ClosedLoop:
+    """So many requests for each stream, at least four in all."""
+    return ClosedLoop(streams, max(4, waves * streams), PROMPT, OUTPUT)
+
+
+def without_card(count: int, streams: Sequence[int]) -> Sequence[str] | None:
+    """The card's script takes one request at a time: with the fewest and the most streams all is said of it."""
+    if count in (min(streams), max(streams)):
+        return None
+    return [name for name in GROUPS["machine"] if name != "card"]
