@@ -73,7 +73,7 @@ def names(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.option("--chat", is_flag=True, help="--server: its chat route speaks the Synthia format.")
 @click.option("--model", help="Folder, hub id or 'demo' (default: Synthia where there is a GPU, else demo).")
 @click.option("--peers", callback=names, metavar="A,B", help="Only these servers (default: all).")
-@click.option("--rounds", type=click.IntRange(1), help="Interleaved repeats (default: the profile's).")
+@click.option("--rounds", type=click.IntRange(1), help="Interleaved repeats (default: each load's).")
 @click.option(
     "--minutes", type=click.FloatRange(0.1), help="What it may take; no round that would take longer is begun."
 )
@@ -144,6 +144,8 @@ def profile_of(options: Mapping[str, Any]) -> Profile:
     if options["kinds"]:
         kinds = options["kinds"].split(",")
         parts = {group: [part for part in every if part.workload.kind in kinds] for group, every in parts.items()}
+    if options["rounds"]:  # then all of them are wanted
+        parts = {group: [dataclasses.replace(part, rounds=None) for part in every] for group, every in parts.items()}
     if not any(parts.values()):
         raise click.ClickException(f"--kinds {options['kinds']}: the profile has no such workload")
     return dataclasses.replace(

@@ -39,7 +39,7 @@ def test_a_run_keeps_every_request_and_what_it_was_made_with(tmp_path: Path) -> 
     run, done = run_on(tmp_path, {"null": NullEngine(tokens_per_second=500)})
     assert done.exit_code == 0
     (found,) = run.measurements
-    assert (found.server, found.streams, len(found.requests)) == ("null", 4, 8)
+    assert (found.server, found.streams, len(found.requests)) == ("null", 4, 4)
     assert all(request.error is None and request.output_tokens == 64 for request in found.requests)
     assert run.machine["cpus"] >= 1
     assert run.versions["aiohttp"]
@@ -58,8 +58,8 @@ def test_a_run_keeps_every_request_and_what_it_was_made_with(tmp_path: Path) -> 
 def test_a_server_that_is_not_well_shows_as_such(tmp_path: Path, faults: Faults, error: str) -> None:
     run, done = run_on(tmp_path, {"well": NullEngine(), "ill": NullEngine(faults=faults)})
     errors = {found.server: Counter(request.error for request in found.requests) for found in run.measurements}
-    assert errors == {"well": {None: 8}, "ill": {error: 8}}
-    assert re.search(rf"errors: ill: 8 {error}", done.output)
+    assert errors == {"well": {None: 4}, "ill": {error: 4}}
+    assert re.search(rf"errors: ill: 4 {error}", done.output)
 
 
 def test_servers_take_turns_and_none_is_always_first(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path) -> Non
         assert process.wait(20) == 130
     found = read(path).measurements
     assert found
-    assert all(len(one.requests) == 8 for one in found)
+    assert all(len(one.requests) == 4 for one in found)
 
 
 @pytest.mark.parametrize(
