@@ -83,11 +83,15 @@ class Queue:
         return [row[length : length + job.tokens].tolist() for row, job in zip(rest, jobs, strict=True)]
 
 
-def application(folder: str) -> Starlette:
+def load(folder: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def application(model: Any) -> Starlette:
+    """Both ways in, to one model."""
     turn = asyncio.Lock()  # both ways in have all cores while they work
     queues = {"single": Queue(model, 1, turn), "batched": Queue(model, LARGEST_BATCH, turn)}
 
@@ -152,7 +156,7 @@ def main(model: str, host: str, port: int) -> None:
     """Serve the model as the card's script runs it."""
     import uvicorn
 
-    uvicorn.run(application(model), host=host, port=port, log_level="warning")
+    uvicorn.run(application(load(model)), host=host, port=port, log_level="warning")
 
 
 if __name__ == "__main__":
