@@ -146,6 +146,7 @@ def table(server: str, model: EngineModel, rows: Sequence[Row]) -> dict[str, Any
         "model": {
             "sequences": list(model.knots),
             "step_s": list(model.decode_s),
+            "prompt_step_s": model.prompt_step_s,
             "prefill_s_per_token": model.prefill_s,
             "overhead_s": model.overhead_s,
             "noise_sd": float(np.std(model.noise)),
