@@ -61,6 +61,13 @@ def test_the_command_puts_its_check_into_the_file(file: Path) -> None:
     sizing = read(file).sizing
     assert sizing is not None
     assert sizing["rows"]
+    assert sizing["answer"]["replicas"] > 1
+
+
+def test_the_answer_is_in_the_report(file: Path) -> None:
+    file.with_suffix(".html").write_text("the former one")
+    CliRunner().invoke(command, [str(file), *ASKED, "--requests", "2000", "--save"])
+    assert "replicas for 20 requests a second of 1 users" in file.with_suffix(".html").read_text()
 
 
 def test_the_command_fails_where_nothing_holds(file: Path) -> None:
