@@ -8,7 +8,7 @@ single gaps, as quantiles.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise, permutations
 
 import numpy as np
@@ -108,7 +108,7 @@ def refine(model: EngineModel, measurements: Sequence[Measurement], cluster: Clu
 
 
 def steps_of(measurement: Measurement) -> Steps | None:
-    """None where no reply has two chunks."""
+    """None where no reply has two chunks that can be used."""
     whole = [request for request in measurement.requests if request.chunk_s]
     several = [(n, request) for n, request in enumerate(whole) if len(request.chunk_s) > 1 and request.error is None]
     if not several:
@@ -118,22 +118,42 @@ def steps_of(measurement: Measurement) -> Steps | None:
     prompts = np.concatenate([[0.0], np.cumsum(np.asarray([request.prompt_tokens for request in whole])[order])])
     first = first[order]
     last = np.sort([request.chunk_s[-1] for request in whole])
+    until = _complete_until(measurement)
     at = [np.asarray(request.chunk_s) for _, request in several]
     seconds = np.concatenate([np.diff(chunks) for chunks in at])
     ends = np.concatenate([chunks[1:] for chunks in at])
     # The same step's chunks reach different clients at slightly different times: half a gap is the tolerance.
     before, after = ends - seconds / 2, ends + seconds / 2
     began = np.searchsorted(first, after, side="right")
-    return Steps(
+    steps = Steps(
         reply=np.concatenate([np.full(len(chunks) - 1, n) for (n, _), chunks in zip(several, at, strict=True)]),
         seconds=seconds,
         sequences=np.maximum(1.0, began - np.searchsorted(last, before, side="right")),
         prompt_tokens=prompts[began] - prompts[np.searchsorted(first, before, side="right")],
         tokens=np.concatenate(
-            [np.full(len(request.chunk_s) - 1, (tokens_of(request) - 1) / (len(request.chunk_s) - 1))
-             for _, request in several]
+            [
+                np.full(len(request.chunk_s) - 1, (tokens_of(request) - 1) / (len(request.chunk_s) - 1))
+                for _, request in several
+            ]
         ),
-    )  # fmt: skip
+    )
+    kept = ends <= until
+    if not kept.any():
+        return None
+    return Steps(*(getattr(steps, field.name)[kept] for field in fields(steps)))
+
+
+def _complete_until(measurement: Measurement) -> float:
+    """Until when the file has every request that ran.
+
+    A closed loop that was ended early leaves out what was under way: from the first end that nothing followed, the
+    others cannot be counted on.
+    """
+    if measurement.kind != "closed" or not measurement.streams:
+        return float("inf")
+    ends = sorted(request.done_s for request in measurement.requests)
+    followed = len(ends) - measurement.streams
+    return ends[followed] if 0 <= followed < len(ends) else float("inf")
 
 
 def nnls(matrix: Floats, wanted: Floats, rounds: int = 3000) -> Floats:
