@@ -114,13 +114,14 @@ class Load:
 @click.option("--pids", help="demo: a command that prints the pids of the engines.")
 @click.option("--rounds", default=20, show_default=True, help="demo: kills.")
 @click.option("--tokens", default=150, show_default=True, help="demo: of each stream.")
+@click.option("--name", help="What the results call this run (default: the scenario).")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path(__file__).with_name("results") / "chaos.json",
     show_default="benchmarks/results/chaos.json",
 )
-def main(scenario: str, streams: int | None, output: Path, **options: Any) -> None:
+def main(scenario: str, streams: int | None, name: str | None, output: Path, **options: Any) -> None:
     """Kill replicas under load and check every stream."""
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -131,12 +132,12 @@ def main(scenario: str, streams: int | None, output: Path, **options: Any) -> No
 
     if scenario == "null":
         found = null(streams or 2000, say, **{name: options[name] for name in _NULL_OPTIONS})
-        name = "null" if options["resume"] else "null, without resume"
+        name = name or ("null" if options["resume"] else "null, without resume")
     else:
         if not options["url"]:
             raise click.UsageError("demo needs --url")
-        found = demo(streams or 16, say, **{name: options[name] for name in _DEMO_OPTIONS})
-        name = "demo"
+        found = demo(streams or 16, say, **{given: options[given] for given in _DEMO_OPTIONS})
+        name = name or "demo"
     report = json.loads(output.read_text()) if output.exists() else {}
     report |= {"machine": machine(), "version": __version__}
     report["scenarios"] = report.get("scenarios", {}) | {name: found}

@@ -7,7 +7,9 @@ import random
 import re
 import signal
 import time
+import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -20,6 +22,8 @@ PROMPTS = (
 )  # fmt: skip
 _BACK_S = 300.0
 _LOOK_S = 0.5
+# A new replica takes its full share of requests only after `--cluster.slow-start-s`.
+_SETTLE_S = 12.0
 
 PidList = Callable[[], Awaitable[list[int]]]
 
@@ -45,6 +49,8 @@ async def run_demo(
     for number in range(rounds):
         found = await _disturbed(url, asked, who, took * random.uniform(0.1, 0.9), texts)
         results.append(found)
+        if number + 1 < rounds:
+            await asyncio.sleep(_SETTLE_S)
         seen = f"{len(found['broken_streams'])} broken, {found['other_texts']} other texts"
         say(
             f"round {number + 1} of {rounds}: {seen}, "
@@ -100,17 +106,16 @@ async def _disturbed(url: str, asked: list[Wanted], who: PidList, after: float, 
     loop = asyncio.get_running_loop()
     pids = await who()
     running = asyncio.create_task(_round(url, asked))
-    back: asyncio.Task[float] | None = None
     try:
         await asyncio.sleep(after)
         at = loop.time()
-        back = asyncio.create_task(_back(who, kill_one(pids), len(pids)))
+        victim = kill_one(pids)
+        # Asking takes a good part of a core: not while the streams run, whose pauses are measured.
         streams = await running
-        back_after = await back
+        await _back(who, victim, len(pids))
+        back_after = loop.time() - at
     finally:
         running.cancel()
-        if back is not None:
-            back.cancel()
     other = sum("".join(stream.text) != text for stream, text in zip(streams, texts, strict=True))
     # Which streams the killed one had is not known here; the longer half of the pauses is at least those.
     pauses = sorted(pause for stream in streams if (pause := stream.pause_at(at)) is not None)
@@ -128,16 +133,18 @@ async def _disturbed(url: str, asked: list[Wanted], who: PidList, after: float, 
 
 
 async def _round(url: str, asked: list[Wanted]) -> list[CheckedStream]:
-    return list(await asyncio.gather(*(run_stream(url, wanted) for wanted in asked)))
+    # Sessions that nobody has seen: the replica of the round before is not preferred.
+    wanted = [replace(one, session=uuid.uuid4().hex) for one in asked]
+    return list(await asyncio.gather(*(run_stream(url, one) for one in wanted)))
 
 
-async def _back(who: PidList, victim: int, count: int) -> float:
-    """Seconds until as many engines as before run again, without the killed one."""
+async def _back(who: PidList, victim: int, count: int) -> None:
+    """Returns once as many engines as before run again, without the killed one."""
     began = time.monotonic()
     while True:
         pids = await who()
         if victim not in pids and len(pids) >= count:
-            return time.monotonic() - began
+            return
         if time.monotonic() - began > _BACK_S:
             raise click.ClickException(f"not back at {count} engines after {_BACK_S:.0f} s")
         await asyncio.sleep(_LOOK_S)

@@ -57,6 +57,7 @@ class Wanted:
     tokens: int
     text: str | None = None
     key: str | None = None
+    session: str | None = None  # X-Session-Id
 
 
 def numbered(path: str, prompt: str, tokens: int, **options: Any) -> Wanted:
@@ -122,6 +123,8 @@ class CheckedStream(asyncio.Protocol):
         head = f"POST {self.wanted.path} HTTP/1.1\r\nhost: {self._host}\r\ncontent-type: application/json\r\n"
         if self.wanted.key is not None:
             head += f"authorization: Bearer {self.wanted.key}\r\n"
+        if self.wanted.session is not None:
+            head += f"x-session-id: {self.wanted.session}\r\n"
         transport.write(f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
 
     def data_received(self, data: bytes) -> None:

@@ -66,8 +66,8 @@ def per_round(values: Sequence[tuple[int, float]], reduce: Callable[[Sequence[fl
 
 
 def _finite(values: Sequence[float]) -> Sample:
-    sample = np.asarray(values, dtype=np.float64)
-    return sample[np.isfinite(sample)]
+    sample: Sample = np.asarray([value for value in values if np.isfinite(value)], dtype=np.float64)
+    return sample
 
 
 def _medians(sample: Sample, seed: int = _SEED) -> Sample:

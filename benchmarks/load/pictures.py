@@ -195,7 +195,13 @@ class Pictures:
         with drawing(plot, x="batch (streams at once)", y="output tokens a second") as axes:
             axes.plot(batches, limits, color=INK, linewidth=1.4)
             axes.fill_between(batches, limits, limits.max() * 3, color=BAND, alpha=0.12, linewidth=0)
-            axes.annotate("no server can be here", (1.1, limits.max() * 1.6), color=INK, fontsize=9, va="center")
+            axes.annotate(
+                f"out of reach with {roofline.dtype} weights",
+                (1.1, limits.max() * 1.6),
+                color=INK,
+                fontsize=9,
+                va="center",
+            )
             for server in servers:
                 own = {point.batch: point for point in reached if point.server == server}
                 axes.plot(list(own), [point.tokens_s for point in own.values()], **self.styles[server].marked)

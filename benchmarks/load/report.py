@@ -90,6 +90,7 @@ def render(run: Run) -> str:
         ],
         sizing=_sizing(run.sizing) if run.sizing else None,
         sizing_model=run.sizing.get("model") if run.sizing else None,
+        answer=_answer(run.sizing["answer"]) if run.sizing and "answer" in run.sizing else None,
         figures=[_figures(summary, kind, title) for kind, title in _KINDS if summary.loads(kind)],
     )  # fmt: skip
 
@@ -225,3 +226,28 @@ def _sizing(sizing: Mapping[str, Any]) -> Table:
         f"within {sizing['tolerance']:.0%}",
     ]  # fmt: skip
     return Table(f"The simulator against the measurement, {sizing['server']}", columns, rows)
+
+
+def _answer(answer: Mapping[str, Any]) -> Table:
+    wanted = answer["wanted"]
+    slo = wanted["slo"]
+
+    def ms(value: float | None) -> str:
+        return "too long" if value is None else f"{1000 * value:.0f}"
+
+    rows = [
+        [
+            str(trial["replicas"]), str(trial["requests"]), ms(trial["ttft_p50"]), ms(trial["ttft_p99"]),
+            ms(trial["itl_p50"]), ms(trial["itl_p99"]),
+            "–" if trial["attainment"] is None else f"{trial['attainment']:.1%}", "yes" if trial["holds"] else "no",
+        ]
+        for trial in answer["trials"]
+    ]  # fmt: skip
+    replicas = answer["replicas"]
+    hold = "no number of replicas holds" if replicas is None else f"{replicas} replica{'s' * (replicas > 1)} for"
+    lengths = f"{wanted['prompt_tokens']:g} prompt and {wanted['output_tokens']:g} output tokens"
+    limits = f"p99 TTFT {1000 * slo['ttft_s']:g} ms, p99 ITL {1000 * slo['itl_s']:g} ms"
+    asked = f"{hold} {wanted['rate']:g} requests a second of {wanted['users']} users, {lengths}, {limits}"
+    columns = ["replicas", "requests simulated", "TTFT p50, ms", "TTFT p99, ms", "ITL p50, ms", "ITL p99, ms",
+               "SLO met", "holds"]  # fmt: skip
+    return Table(asked[0].upper() + asked[1:], columns, rows)

@@ -40,7 +40,10 @@ class Target:
 
 
 def targets(summary: Summary) -> list[Target]:
-    """All of them, those not measured too."""
+    """All of them, those not measured too; none for a run that was not to hold us against any of these peers."""
+    peers = {theirs for _, theirs, _, _ in TARGETS}
+    if not any(server.name in peers for server in summary.run.servers):
+        return []
     return [
         Target(ours, theirs, streams, least, _ratio(summary, ours, theirs, streams))
         for ours, theirs, streams, least in TARGETS

@@ -19,6 +19,9 @@ from synthia_vllm.settings import Settings, load_settings
 State = Literal["ok", "slow", "stop"]
 # Measured: benchmarks/results/serving.json, `untuned / tuned`; a test compares.
 TCMALLOC_COST = "costs about 5 % of the tokens/s at 64 streams"
+# Seen on Linux 6.18: a process of another session, woken 50 times a second, ran 1.0 s late whenever a worker was in the
+# second of busy waiting that follows each of its steps; never late with this off.
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 _STYLES = {"ok": "green", "slow": "yellow", "stop": "bold red"}
 
 
@@ -69,11 +72,15 @@ def examine(settings: Settings) -> Iterator[Finding]:
 
 
 def _cpu_flags() -> list[str]:
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return []
+    words = set(_reads(Path("/proc/cpuinfo")).split())
     return [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in words]
+
+
+def _reads(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _engine_package(gpu: bool) -> Finding:
@@ -107,6 +114,9 @@ def _cpu_speed(flags: list[str]) -> Iterator[Finding]:
         yield Finding("OpenMP", "slow", "Intel's OpenMP is missing", "pip install intel-openmp")
     if platform.machine() == "x86_64" and "avx512f" not in flags:
         yield Finding("vector unit", "slow", "no AVX-512: vLLM falls back to AVX2 kernels")
+    if _reads(AUTOGROUP) == "1":
+        text = "processes of other sessions may wait up to a second for a core while vLLM's workers look for work"
+        yield Finding("autogroups", "slow", text, "as root: sysctl kernel.sched_autogroup_enabled=0")
 
 
 def _model(settings: Settings) -> Finding:

@@ -92,6 +92,8 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a process that takes no GPU may still look at them
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray starts a process at 0 and then lowers it to 15: each one that starts takes the engines' cores from them.
+        "RAY_worker_niceness": "0",
     }
 
 

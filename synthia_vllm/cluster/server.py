@@ -5,6 +5,13 @@ Checked on Ray 2.60.0 with vLLM 0.29.0; what is used of their insides is the app
 """
 
 import os
+
+from synthia_vllm.cluster.cores import leave_busy_cores, return_to_all_cores, stay_on
+from synthia_vllm.engine.plugin import ENGINE_VARIABLE
+
+if os.environ.get(ENGINE_VARIABLE):  # in a replica, not where one is planned; importing vLLM is most of its start
+    leave_busy_cores()
+
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +43,7 @@ class Engine(LLMServer):  # type: ignore[misc]
         self._settings = Settings(**own["settings"])
         self._names = [own["name"], *(alias for alias in MODEL_ALIASES if alias != own["name"])]
         if own["shares_machine"]:
+            stay_on(set())  # what the share is of
             self._take_share(llm_config, keep_cache=own["keeps_cache"])
         engine = llm_config.get_engine_config()
         lead = {"bos_lead": bos_lead(get_tokenizer(engine.actual_hf_model_id))}
@@ -48,6 +56,7 @@ class Engine(LLMServer):  # type: ignore[misc]
         models = app.state.openai_serving_models.base_model_paths
         models[:] = [BaseModelPath(name=name, model_path=models[0].model_path) for name in self._names]
         await warm_up(app.state.engine_client)
+        return_to_all_cores()
         app.middleware_stack = None  # vLLM has built it already; Starlette builds it again with ours
         app.add_middleware(Guard, key=engine_key(self._settings))
         return app
@@ -57,6 +66,8 @@ class Engine(LLMServer):  # type: ignore[misc]
         share = machine_share(self._settings)
         if os.environ.get(_BINDING, "auto") == "auto":  # a binding that Ray was started with wins
             os.environ[_BINDING] = share.cpus
+        if os.environ[_BINDING] == share.cpus != "auto":
+            stay_on({int(cpu) for cpu in share.cpus.split(",")})
         if keep_cache:
             return
         machine = inspect_machine()

@@ -7,9 +7,9 @@ first tokens of requests that met an idle engine add what each request spends ou
 single gaps, as quantiles.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise, permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,11 @@ from benchmarks.load.summary import tokens_of, ttft
 Floats = NDArray[np.float64]
 _KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _FEWEST_STEPS = 20  # near a knot; else it is left out
-_NOISE_QUANTILES = 128
+_NOISE_QUANTILES = 1000
 _NOISE_BOUNDS = 0.1, 20.0
 _IDLE_WEIGHT = 3.0  # of a first token in the fit, against that of a whole reply
-_FINEST = 0.02  # of the pattern search, as a share of what it moves
-_LEAST_SHARE = 0.1  # it moves the overhead by no less than this share of a step
+_SEEDS = 4  # of each simulation in the search: one alone is too noisy
+_FINEST = 0.005  # moves of the pattern search, in steps of one sequence
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,12 @@ def calibrate(
     if not steps:
         raise ValueError("no reply with at least two chunks: nothing to calibrate on")
     knots = _knots(np.concatenate([one.sequences for one in steps]))
-    decode_s, prefill_s, overhead_s = _fit(steps, _idle(measurements), knots)
+    decode_s, prompt_step_s, prefill_s, overhead_s = _fit(steps, _idle(measurements), knots)
     model = EngineModel(
         knots=tuple(float(knot) for knot in knots),
         decode_s=tuple(float(value) for value in decode_s),
         prefill_s=prefill_s,
+        prompt_step_s=prompt_step_s,
         overhead_s=overhead_s,
         max_seqs=max_seqs,
         max_batched_tokens=max_batched_tokens,
@@ -74,24 +75,30 @@ def calibrate(
 
 
 def refine(model: EngineModel, measurements: Sequence[Measurement], cluster: Cluster) -> EngineModel:
-    """Prompts of one length do not tell a prompt token's time from that outside the engine; bursts of them do.
+    """Prompts of one length do not tell a prompt token's time from a prompt's or from that outside the engine.
 
-    So both are moved to where the simulated TTFTs come nearest to the measured ones, by pattern search.
+    So the three are moved to where the simulated TTFTs come nearest to the measured ones, by pattern search.
     """
     loads = [(of_measurement(measurement), waits) for measurement in measurements if len(waits := _waits(measurement))]
 
     def distance(candidate: EngineModel) -> float:
-        return sum(_distance(waits, run(traffic, candidate, cluster)) for traffic, waits in loads)
+        return sum(
+            _distance(waits, [run(traffic, candidate, cluster, seed=seed) for seed in range(_SEEDS)])
+            for traffic, waits in loads
+        )
 
-    best, step = distance(model), 0.5
-    least = _LEAST_SHARE * float(model.decode_s[0])
+    prompt = float(np.median(np.concatenate([traffic.prompt for traffic, _ in loads]))) if loads else 1.0
+    # Each by as much as changes a TTFT by a share of a step.
+    scales = {
+        "prefill_s": model.decode_s[0] / prompt,
+        "prompt_step_s": model.decode_s[0],
+        "overhead_s": model.decode_s[0],
+    }
+    best, step = distance(model), 0.2
     while step > _FINEST:
-        tried = [
-            replace(model, prefill_s=model.prefill_s * factor, overhead_s=max(0.0, model.overhead_s + more))
-            for factor in (1 / (1 + step), 1.0, 1 + step)
-            for more in (-step * max(model.overhead_s, least), 0.0, step * max(model.overhead_s, least))
-            if (factor, more) != (1.0, 0.0)
-        ]
+        moves = [{name: sign * step * scale} for name, scale in scales.items() for sign in (-1, 1)]
+        moves += [{a: -step * scales[a], b: step * scales[b]} for a, b in permutations(scales, 2)]
+        tried = [_moved(model, move) for move in moves]
         found = [distance(candidate) for candidate in tried]
         if min(found) < best:
             best, model = min(found), tried[int(np.argmin(found))]
@@ -101,7 +108,7 @@ def refine(model: EngineModel, measurements: Sequence[Measurement], cluster: Clu
 
 
 def steps_of(measurement: Measurement) -> Steps | None:
-    """None where no reply has two chunks."""
+    """None where no reply has two chunks that can be used."""
     whole = [request for request in measurement.requests if request.chunk_s]
     several = [(n, request) for n, request in enumerate(whole) if len(request.chunk_s) > 1 and request.error is None]
     if not several:
@@ -111,22 +118,42 @@ def steps_of(measurement: Measurement) -> Steps | None:
     prompts = np.concatenate([[0.0], np.cumsum(np.asarray([request.prompt_tokens for request in whole])[order])])
     first = first[order]
     last = np.sort([request.chunk_s[-1] for request in whole])
+    until = _complete_until(measurement)
     at = [np.asarray(request.chunk_s) for _, request in several]
     seconds = np.concatenate([np.diff(chunks) for chunks in at])
     ends = np.concatenate([chunks[1:] for chunks in at])
     # The same step's chunks reach different clients at slightly different times: half a gap is the tolerance.
     before, after = ends - seconds / 2, ends + seconds / 2
     began = np.searchsorted(first, after, side="right")
-    return Steps(
+    steps = Steps(
         reply=np.concatenate([np.full(len(chunks) - 1, n) for (n, _), chunks in zip(several, at, strict=True)]),
         seconds=seconds,
         sequences=np.maximum(1.0, began - np.searchsorted(last, before, side="right")),
         prompt_tokens=prompts[began] - prompts[np.searchsorted(first, before, side="right")],
         tokens=np.concatenate(
-            [np.full(len(request.chunk_s) - 1, (tokens_of(request) - 1) / (len(request.chunk_s) - 1))
-             for _, request in several]
+            [
+                np.full(len(request.chunk_s) - 1, (tokens_of(request) - 1) / (len(request.chunk_s) - 1))
+                for _, request in several
+            ]
         ),
-    )  # fmt: skip
+    )
+    kept = ends <= until
+    if not kept.any():
+        return None
+    return Steps(*(getattr(steps, field.name)[kept] for field in fields(steps)))
+
+
+def _complete_until(measurement: Measurement) -> float:
+    """Until when the file has every request that ran.
+
+    A closed loop that was ended early leaves out what was under way: from the first end that nothing followed, the
+    others cannot be counted on.
+    """
+    if measurement.kind != "closed" or not measurement.streams:
+        return float("inf")
+    ends = sorted(request.done_s for request in measurement.requests)
+    followed = len(ends) - measurement.streams
+    return ends[followed] if 0 <= followed < len(ends) else float("inf")
 
 
 def nnls(matrix: Floats, wanted: Floats, rounds: int = 3000) -> Floats:
@@ -168,12 +195,12 @@ def _ramps(sequences: Floats, knots: Floats) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def _fit(steps: Sequence[Steps], idle: Floats, knots: Floats) -> tuple[Floats, float, float]:
-    """Step times at the knots, a prompt token's, and a request's outside the engine."""
+def _fit(steps: Sequence[Steps], idle: Floats, knots: Floats) -> tuple[Floats, float, float, float]:
+    """Step times at the knots, more for a step with prompts, a prompt token's, and a request's outside the engine."""
     rows, wanted = [], []
     for one in steps:
-        features = np.column_stack([_ramps(one.sequences, knots), one.prompt_tokens])
-        features[:, :-1] *= one.tokens[:, None]  # several tokens in a chunk are as many steps
+        features = np.column_stack([_ramps(one.sequences, knots), one.prompt_tokens > 0, one.prompt_tokens])
+        features[:, :-2] *= one.tokens[:, None]  # several tokens in a chunk are as many steps
         order, begins = np.unique(one.reply, return_index=True)
         sums = np.add.reduceat(features, begins, axis=0)
         seconds = np.add.reduceat(one.seconds, begins)
@@ -182,12 +209,12 @@ def _fit(steps: Sequence[Steps], idle: Floats, knots: Floats) -> tuple[Floats, f
         rows.append(np.column_stack([sums[keep], np.zeros(keep.sum())]) * weight[:, None])
         wanted.append(seconds[keep] * weight)
     if len(idle):
-        alone = np.column_stack([_ramps(np.ones(len(idle)), knots), idle[:, 0], np.ones(len(idle))])
+        alone = np.column_stack([_ramps(np.ones(len(idle)), knots), np.ones(len(idle)), idle[:, 0], np.ones(len(idle))])
         weight = _IDLE_WEIGHT / idle[:, 1]
         rows.append(alone * weight[:, None])
         wanted.append(idle[:, 1] * weight)
     weights = nnls(np.concatenate(rows), np.concatenate(wanted))
-    return np.cumsum(weights[:-2]), float(weights[-2]), float(weights[-1])
+    return np.cumsum(weights[:-3]), float(weights[-3]), float(weights[-2]), float(weights[-1])
 
 
 def _idle(measurements: Sequence[Measurement]) -> Floats:
@@ -207,7 +234,12 @@ def _idle(measurements: Sequence[Measurement]) -> Floats:
 def _noise(steps: Sequence[Steps], model: EngineModel) -> Floats:
     ratios = np.concatenate(
         [
-            one.seconds / (model.step_s(one.sequences) * one.tokens + model.prefill_s * one.prompt_tokens)
+            one.seconds
+            / (
+                model.step_s(one.sequences) * one.tokens
+                + model.prompt_step_s * (one.prompt_tokens > 0)
+                + model.prefill_s * one.prompt_tokens
+            )
             for one in steps
         ]
     )
@@ -216,12 +248,18 @@ def _noise(steps: Sequence[Steps], model: EngineModel) -> Floats:
     return np.asarray(quantiles / quantiles.mean())
 
 
+def _moved(model: EngineModel, move: Mapping[str, float]) -> EngineModel:
+    """Never below zero."""
+    return replace(model, **{name: max(0.0, getattr(model, name) + more) for name, more in move.items()})
+
+
 def _waits(measurement: Measurement) -> Floats:
     return np.asarray([ttft(r) for r in measurement.requests if r.error is None and r.chunk_s])
 
 
-def _distance(waits: Floats, outcome: Outcome) -> float:
+def _distance(waits: Floats, outcomes: Sequence[Outcome]) -> float:
     """Squared logarithms of the ratios of median and p90 TTFT; the median counts more."""
-    return float(
-        sum(weight * np.log(outcome.ttft(q) / np.percentile(waits, q)) ** 2 for q, weight in ((50, 1.0), (90, 0.5)))
-    )
+    simulated = np.concatenate([outcome.ttft_s for outcome in outcomes])
+    marks = [50, 90]
+    ratios = np.percentile(simulated, marks) / np.percentile(waits, marks)
+    return float(np.asarray([1.0, 0.5]) @ np.log(ratios) ** 2)

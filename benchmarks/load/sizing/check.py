@@ -1,5 +1,6 @@
 """Does the simulator tell what was measured? Calibrates on some loads of a run and predicts three others."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.load.run_file import Measurement, Run
+from benchmarks.load.sizing.answer import Answer, Wanted
 from benchmarks.load.sizing.calibration import calibrate
 from benchmarks.load.sizing.engine_model import (
     DEFAULT_KV_TOKENS,
@@ -146,6 +148,7 @@ def table(server: str, model: EngineModel, rows: Sequence[Row]) -> dict[str, Any
         "model": {
             "sequences": list(model.knots),
             "step_s": list(model.decode_s),
+            "prompt_step_s": model.prompt_step_s,
             "prefill_s_per_token": model.prefill_s,
             "overhead_s": model.overhead_s,
             "noise_sd": float(np.std(model.noise)),
@@ -156,6 +159,19 @@ def table(server: str, model: EngineModel, rows: Sequence[Row]) -> dict[str, Any
         "tolerance": TOLERANCE,
         "rows": [asdict(one) | {"errors": list(one.errors)} for one in rows],
     }
+
+
+def answered(run_: Run, wanted: Wanted, answer: Answer) -> Run:
+    """With what was asked and found beside the check. JSON has no infinity: what was given up as hopeless is None."""
+    trials = [
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in found.items()
+        }
+        for found in (asdict(trial) for trial in answer.trials)
+    ]
+    found = {"wanted": asdict(wanted), "replicas": answer.replicas, "trials": trials}
+    return run_.model_copy(update={"sizing": {**(run_.sizing or {}), "answer": found}})
 
 
 def engine_limits(run_: Run, server: str) -> dict[str, int]:

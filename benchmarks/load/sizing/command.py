@@ -10,11 +10,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load.run_file import read
+from benchmarks.load.run_file import Run, read
 from benchmarks.load.summary import DEFAULT_ITL_MS, DEFAULT_TTFT_MS, Slo
 
 if TYPE_CHECKING:
-    from benchmarks.load.sizing.answer import Trial
+    from benchmarks.load.sizing.answer import Answer, Trial, Wanted
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 
@@ -44,7 +44,9 @@ _POSITIVE = click.FloatRange(0, min_open=True)
     show_default=True,
     help="--autoscale: from the decision to a replica that answers.",
 )
-@click.option("--save", is_flag=True, help="Check the simulator against the run, and put that into the file.")
+@click.option(
+    "--save", is_flag=True, help="Put the answer, and how far the simulator is off, into the file and its report."
+)
 def command(
     file: Path,
     rate: float,
@@ -64,7 +66,6 @@ def command(
 
     FILE is the JSON file of a `bench run`: the engine's step times are taken from it.
     """
-    from benchmarks.load.run_file import write
     from benchmarks.load.sizing.answer import MOST_REPLICAS, Wanted, size
     from benchmarks.load.sizing.check import calibrated, check
     from benchmarks.load.sizing.simulator import ONE_REPLICA
@@ -73,11 +74,10 @@ def command(
     wanted = Wanted(users, rate, prompt_tokens, output_tokens, Slo(ttft_ms / 1000, itl_ms / 1000), spread, requests)
     try:
         run = read(file)
-        if save:
-            run = check(run, server)
-            write(run, file)
         with told.status("calibrating the engine on the measurements"):
             name, model = calibrated(run, server)
+        if save:
+            run = check(run, server)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     full = model.rate(prompt_tokens, output_tokens)
@@ -89,6 +89,8 @@ def command(
 
     cluster = dataclasses.replace(ONE_REPLICA, startup_s=startup_s)
     answer = size(model, wanted, cluster, autoscale=autoscale, told=progress)
+    if save:
+        store(run, wanted, answer, file)
     table = Table("replicas", "requests", "TTFT p50/p99, ms", "ITL p50/p99, ms", "SLO met", "tokens/s", "holds")
     for trial in answer.trials:
         table.add_row(*_row(trial, str(trial.replicas)))
@@ -100,6 +102,18 @@ def command(
         console.print(f"not even {MOST_REPLICAS} replicas hold it: a request alone may be too slow for the SLO")
         sys.exit(1)
     console.print(f"{answer.replicas} replica{'s' if answer.replicas > 1 else ''} hold it", highlight=False)
+
+
+def store(run: Run, wanted: "Wanted", answer: "Answer", file: Path) -> None:
+    """Into the run's file beside the check, and the report anew if there is one."""
+    from benchmarks.load.report import write_report
+    from benchmarks.load.run_file import write
+    from benchmarks.load.sizing.check import answered
+
+    run = answered(run, wanted, answer)
+    write(run, file)
+    if (page := file.with_suffix(".html")).exists():
+        write_report(run, page)
 
 
 def _row(trial: "Trial", name: str) -> list[str]:

@@ -27,6 +27,7 @@ class EngineModel:
     knots: tuple[float, ...]  # numbers of sequences, rising
     decode_s: tuple[float, ...]  # seconds of a step at each
     prefill_s: float  # a prompt token
+    prompt_step_s: float = 0.0  # more for a step with any prompt tokens, however many
     overhead_s: float = 0.0
     noise: Floats = field(default_factory=_no_noise)
     max_seqs: int = DEFAULT_MAX_SEQS
@@ -46,16 +47,25 @@ class EngineModel:
         held = max(1.0, min(self.max_seqs, self.kv_tokens / (prompt_tokens + output_tokens)))
         step = float(self.step_s(np.asarray([held]))[0])
         # In a steady state each request is in output_tokens steps, and adds its prompt to one of them.
-        return 1.0 / (output_tokens * step / held + prompt_tokens * self.prefill_s)
+        return 1.0 / (output_tokens * step / held + prompt_tokens * self.prefill_s + self.prompt_step_s)
 
     def compiled(self) -> Engine:
         """As the kernel takes it."""
         return Engine(
             decode_s=np.maximum(1e-6, self.step_s(np.arange(self.max_seqs + 1, dtype=np.float64))),
             noise=np.asarray(self.noise, dtype=np.float64),
+            biased=_size_biased(np.asarray(self.noise, dtype=np.float64)),
+            prompt_step_s=float(self.prompt_step_s),
             prefill_s=float(self.prefill_s),
             noise_sd=float(np.std(self.noise)),
             max_seqs=int(self.max_seqs),
             max_batched_tokens=int(self.max_batched_tokens),
             kv_tokens=int(self.kv_tokens),
         )
+
+
+def _size_biased(noise: Floats) -> Floats:
+    """Quantiles of the same values, each weighted by itself: what one meets at a moment (renewal theory)."""
+    ordered = np.sort(noise)
+    share = (np.cumsum(ordered) - ordered / 2) / ordered.sum()
+    return np.asarray(np.interp((np.arange(len(ordered)) + 0.5) / len(ordered), share, ordered))

@@ -1,10 +1,10 @@
 """The event loop of the simulator, compiled by numba: about a million requests a few seconds.
 
-An engine step takes `decode_s[sequences] + prefill_s * prompt tokens`, times noise. Each step decodes one token of each
-running sequence and computes as much of the waiting prompts as the token budget leaves (vLLM's chunked prefill, first
-come first served). While no prompt waits, all steps up to the next end of a sequence are one event; a newcomer cuts it
-short after the step under way. So the work is per request, not per token. KV cache is held for the whole of a request
-from its first step on: preemption is not simulated.
+An engine step takes `decode_s[sequences]`, with prompts `prompt_step_s + prefill_s * prompt tokens` more, times noise.
+Each step decodes one token of each running sequence and computes as much of the waiting prompts as the token budget
+leaves (vLLM's chunked prefill, first come first served). While no prompt waits, all steps up to the next end of a
+sequence are one event; a newcomer cuts it short after the step under way. So the work is per request, not per token.
+KV cache is held for the whole of a request from its first step on: preemption is not simulated.
 """
 
 import math
@@ -66,7 +66,9 @@ def start_step(requests: Requests, replicas: Replicas, engine: Engine, r: int, n
         replicas.busy[r] = False
         set_until(replicas, r, _INFINITE)
         return
-    plain = engine.decode_s[min(running + completing, engine.max_seqs)] + engine.prefill_s * tokens
+    plain = engine.decode_s[min(running + completing, engine.max_seqs)]
+    if tokens:
+        plain += engine.prompt_step_s + engine.prefill_s * tokens
     count = 1 if tokens else replicas.finish_step[r, 0] - replicas.steps[r]
     if count == 1:
         noise = engine.noise[int(random.random() * len(engine.noise))]
@@ -97,7 +99,12 @@ def offer(requests: Requests, replicas: Replicas, engine: Engine, r: int, i: int
         done = math.ceil((now - replicas.began[r]) / replicas.step_s[r])
         replicas.making[r] = min(replicas.making[r], max(1, done))
         replicas.cuttable[r] = False
-        set_until(replicas, r, replicas.began[r] + replicas.making[r] * replicas.step_s[r])
+        until = replicas.began[r] + replicas.making[r] * replicas.step_s[r]
+        if engine.noise_sd > 0.0:
+            # The steps so far were taken as equally long; the one under way is not.
+            under_way = engine.biased[int(random.random() * len(engine.biased))]
+            until = now + random.random() * replicas.plain_s[r] * under_way
+        set_until(replicas, r, until)
 
 
 @njit(cache=True)

@@ -76,6 +76,8 @@ class Replicas(NamedTuple):
 class Engine(NamedTuple):
     decode_s: Array  # step time by number of sequences, 0 to max_seqs
     noise: Array  # quantiles of a step's time over its expected time; mean 1
+    biased: Array  # the same for the step that a newcomer meets: long steps are met more often
+    prompt_step_s: float  # more for a step with any prompt
     prefill_s: float  # a prompt token
     noise_sd: float
     max_seqs: int

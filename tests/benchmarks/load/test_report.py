@@ -14,7 +14,9 @@ from tests.benchmarks.load.synthetic import closed, full_run, measurement, reque
 EXTRAS = {
     "slo": {"rate": 4.25, "trials": [{"rate": 4, "holds": True}, {"rate": 5, "holds": False}]},
     "ceiling": {"chunks_per_second": 51234.0},
-    "chaos": {"broken_streams": 0},
+    "chaos": {
+        "scenarios": {"null": {"summary": {"broken_streams": 0, "gap between chunks halfway between kills": 3.4}}}
+    },
 }
 
 

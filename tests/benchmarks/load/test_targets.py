@@ -27,7 +27,12 @@ def test_a_median_on_one_side_is_within_noise_where_the_interval_reaches_to_the_
 
 
 def test_a_pair_that_was_not_measured_is_said() -> None:
-    assert {t.verdict for t in targets(Summary(run([measurement([request(0, 1.0)], streams=64)])))} == {"not measured"}
+    made = [measurement([request(0, 1.0)], server="card", streams=8)]
+    assert {target.verdict for target in targets(Summary(run(made)))} == {"not measured"}
+
+
+def test_a_run_against_no_peer_has_no_targets() -> None:
+    assert targets(Summary(run([measurement([request(0, 1.0)], streams=64)]))) == []
 
 
 def test_peers_are_held_against_each_other_where_most_were_measured() -> None:

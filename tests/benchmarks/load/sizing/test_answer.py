@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from benchmarks.load.run_file import read, write
 from benchmarks.load.sizing.answer import Wanted, size
@@ -40,27 +40,37 @@ def test_an_slo_that_a_request_alone_misses_has_no_answer() -> None:
     assert size(MODEL, wanted(1, ttft_s=0.001)).replicas is None
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    made = [closed(n) for n in (1, 8, 32)] + [open_loop(rate, requests=60) for rate in (1.0, 2.0, 3.0, 4.0, 5.0)]
-    write(run(made), tmp_path / "run.json")
-    return tmp_path / "run.json"
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = [closed(n) for n in (1, 8)] + [open_loop(rate, requests=40) for rate in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    path = tmp_path_factory.mktemp("size") / "run.json"
+    write(run(made), path)
+    path.with_suffix(".html").write_text("the former one")
+    return path
 
 
 ASKED = ["--rate", "20", "--prompt-tokens", "32", "--output-tokens", "64", "--ttft-ms", "500", "--itl-ms", "150"]
 
 
-def test_the_command_names_the_number(file: Path) -> None:
-    done = CliRunner().invoke(command, [str(file), *ASKED, "--requests", "2000"])
+@pytest.fixture(scope="module")
+def done(file: Path) -> Result:
+    return CliRunner().invoke(command, [str(file), *ASKED, "--requests", "2000", "--save"])
+
+
+def test_the_command_names_the_number(done: Result) -> None:
     assert done.exit_code == 0, done.output
     assert "replicas hold it" in done.output
 
 
-def test_the_command_puts_its_check_into_the_file(file: Path) -> None:
-    CliRunner().invoke(command, [str(file), *ASKED, "--requests", "2000", "--save"])
+def test_the_command_saves_its_answer_and_its_check(done: Result, file: Path) -> None:
     sizing = read(file).sizing
     assert sizing is not None
     assert sizing["rows"]
+    assert sizing["answer"]["replicas"] > 1
+
+
+def test_the_answer_is_in_the_report(done: Result, file: Path) -> None:
+    assert "replicas for 20 requests a second of 1 users" in file.with_suffix(".html").read_text()
 
 
 def test_the_command_fails_where_nothing_holds(file: Path) -> None:

@@ -44,6 +44,14 @@ def test_a_step_counts_those_that_got_a_token_in_it() -> None:
     assert found.prompt_tokens.tolist() == [10, 0, 0, 10]
 
 
+def test_a_closed_loop_is_used_up_to_where_replies_may_be_missing() -> None:
+    """Of two streams, one ended at 3 and its next reply, under way at the end, is not in the file."""
+    made = measurement([request(0, 1.0, 2.0, 3.0), request(0, 1.0, 2.0, 3.0, 4.0)], streams=2)
+    found = steps_of(made)
+    assert found is not None
+    assert found.sequences.tolist() == [2, 2, 2, 2]
+
+
 def test_nothing_to_calibrate_on_is_said() -> None:
     with pytest.raises(ValueError, match="nothing to calibrate on"):
         calibrate([measurement([request(0, 1.0), failed(0, "cut")])])
