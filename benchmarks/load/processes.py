@@ -67,7 +67,9 @@ def running(
             },
             stdout=stream,
             stderr=stream,
-            start_new_session=True,
+            # A group, so that Ctrl-C is for the one who asked; no session: Linux' autogroups would make this process,
+            # the client, wait up to a second for a core on which a worker of another session waits busily.
+            process_group=0,
         )
     url = f"http://127.0.0.1:{port}"
     try:

@@ -1,5 +1,7 @@
 """What a run comes to, for the terminal. The report has the rest."""
 
+from math import isnan
+
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +37,8 @@ def show(run: Run, console: Console) -> None:
 def line(measurement: Measurement, slo: Slo) -> str:
     """One measurement in one line, as progress."""
     figures = summarize(measurement, slo)
-    told = f"{figures.output_throughput:7.1f} tokens/s, TTFT {1000 * figures.ttft.p50:.0f} ms, "
-    told += f"ITL {1000 * figures.itl.p50:.1f} ms"
+    told = f"{figures.output_throughput:7.1f} tokens/s, TTFT {1000 * figures.ttft.p50:.0f} ms"
+    told += "" if isnan(figures.itl.p50) else f", ITL {1000 * figures.itl.p50:.1f} ms"
     told += f", {figures.failed} went wrong" if figures.failed else ""
     told += ", invalid" if measurement.invalid else ""
     return f"round {measurement.round + 1}  {load_name(measurement):36} {measurement.server:13} {told}"
@@ -45,7 +47,7 @@ def line(measurement: Measurement, slo: Slo) -> str:
 def load_name(measurement: Measurement) -> str:
     """With what tells it from its sisters."""
     if measurement.streams is not None:
-        return f"{measurement.workload}, {measurement.streams} streams"
+        return f"{measurement.workload}, {measurement.streams} stream{'s' * (measurement.streams > 1)}"
     return measurement.workload if measurement.rate is None else f"{measurement.workload}, {measurement.rate:g}/s"
 
 
