@@ -7,6 +7,7 @@ the ways into one Ray cluster. Ratios are taken within a group. A server that ca
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import subprocess
@@ -203,10 +204,12 @@ def cluster_group(plan: Plan, names: Sequence[str], logs: Path, say: Say) -> Ite
 def _cluster(plan: Plan, names: Sequence[str], logs: Path) -> Iterator[list[Up]]:
     from rich.console import Console
 
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # of what `ray.serve.llm` imports of vLLM here
     from benchmarks import cluster
     from synthia_vllm.cluster.guard import engine_key
     from synthia_vllm.settings import load_settings
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Ray's import makes all loggers speak
     words = ["--model", plan.model, "--cluster.replicas", str(plan.replicas)]
     words += ["--engine.max-model-len", str(CONTEXT), "--engine.kv-cache-gib", str(plan.kv_cache_gib)]
     before = os.environ.get("SYNTHIA_DATA")
