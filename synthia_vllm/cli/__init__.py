@@ -1,11 +1,11 @@
 """The command `synthia-vllm`: one module a command, imported when it is run."""
 
-import importlib
 import sys
 
 import click
 
 from synthia_vllm import __version__
+from synthia_vllm.cli.lazy import LazyGroup
 from synthia_vllm.errors import SynthiaError
 
 # name: (module, one line of help). Listed here so that --help imports none of them.
@@ -19,29 +19,12 @@ COMMANDS = {
     "batch": ("synthia_vllm.cli.batch", "Run an OpenAI batch file offline."),
     "exporter": ("synthia_vllm.cli.exporter", "Metrics of engines that run elsewhere, as one page for Prometheus."),
     "top": ("synthia_vllm.cli.top", "Watch a running server: replicas, users, tokens a second, latencies."),
+    "bench": ("synthia_vllm.cli.bench", "Measure: throughput, latency, fairness, limits; against other servers."),
     "doctor": ("synthia_vllm.cli.doctor", "Tell what would stop or slow down `serve` on this machine."),
 }
 
 
-class LazyGroup(click.Group):
-    """Imports a command's module when that command is run (click's documentation, *Lazily Loading Subcommands*)."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="synthia-vllm")
 def cli() -> None:
     """Synthia-v3.0-11B for many users: vLLM behind the Synthia prompt contract.

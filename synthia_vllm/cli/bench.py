@@ -1,0 +1,21 @@
+"""`synthia-vllm bench`: the load benchmark. Each subcommand is a module of `benchmarks.load`, imported when it runs."""
+
+import click
+
+from synthia_vllm.cli.lazy import LazyGroup
+
+# name: (module, one line of help). A subcommand is its module's `command`.
+SUBCOMMANDS = {
+    "run": ("benchmarks.load.run", "Load this machine's servers in turn, or one that runs, and write the report."),
+    "slo": ("benchmarks.load.slo", "Find the highest rate at which p99 TTFT and p99 ITL hold."),
+    "ceiling": ("benchmarks.load.ceiling", "Find what the serving layer can do with no inference in the way."),
+    "chaos": ("benchmarks.load.chaos", "Kill replicas under load and tell what clients saw."),
+    "report": ("benchmarks.load.report", "Write the report of a run anew."),
+    "compare": ("benchmarks.load.compare", "Hold a run against an older one; fails where it is worse."),
+    "size": ("benchmarks.load.sizing.command", "Find how many replicas a load needs, by simulation."),
+}
+
+
+@click.group("bench", cls=LazyGroup, lazy=SUBCOMMANDS)
+def command() -> None:
+    """Measure how fast it is, against whom, and where it breaks. `synthia-vllm bench run` is where to start."""
