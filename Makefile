@@ -42,8 +42,8 @@ format: $(INSTALLED_DEV) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED_DEV) ## Measure against plain vLLM, in one run (about 15 minutes on 2 cores)
-	$(BIN)/python -m benchmarks.serving $(ARGS)
+bench: $(INSTALLED_DEV) ## Measure against the card's script, plain vLLM, llama.cpp and Ray, in one run (20 minutes on 2 cores)
+	$(BIN)/synthia-vllm bench run --profile quick $(ARGS)
 
 chaos: $(INSTALLED_DEV) ## Kill replicas (null engines) under 2,000 streams and check every byte (about 4 minutes)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

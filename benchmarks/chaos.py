@@ -111,7 +111,7 @@ class Load:
 @click.option("--resume/--no-resume", default=True, help="null: what the gateway does about it.")
 @click.option("--url", help="demo: where the gateway is.")
 @click.option("--key", help="demo: a key for it.")
-@click.option("--pids", default=_STATUS, help="demo: a command that prints the pids of the engines.")
+@click.option("--pids", help="demo: a command that prints the pids of the engines.")
 @click.option("--rounds", default=20, show_default=True, help="demo: kills.")
 @click.option("--tokens", default=150, show_default=True, help="demo: of each stream.")
 @click.option("--name", help="What the results call this run (default: the scenario).")
@@ -125,8 +125,7 @@ def main(scenario: str, streams: int | None, name: str | None, output: Path, **o
     """Kill replicas under load and check every stream."""
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    many_files()
 
     def say(text: str) -> None:
         console.print(text, highlight=False)
@@ -137,24 +136,40 @@ def main(scenario: str, streams: int | None, name: str | None, output: Path, **o
     else:
         if not options["url"]:
             raise click.UsageError("demo needs --url")
-        found = uvloop.run(run_demo(streams or 16, say, **{name: options[name] for name in _DEMO_OPTIONS}))
+        found = demo(streams or 16, say, **{given: options[given] for given in _DEMO_OPTIONS})
         name = name or "demo"
     report = json.loads(output.read_text()) if output.exists() else {}
     report |= {"machine": machine(), "version": __version__}
     report["scenarios"] = report.get("scenarios", {}) | {name: found}
     output.write_text(json.dumps(report, indent=1) + "\n")
+    show(name, found, console)
+    console.print(f"written to {output}", highlight=False)
+    sys.exit(1 if found["summary"]["broken streams"] and options["resume"] else 0)
+
+
+def many_files() -> None:
+    """As many open files as this process may have: each stream is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def show(name: str, found: dict[str, Any], console: Console) -> None:
     shown = Table("figure", name)
     for figure, value in found["summary"].items():
         shown.add_row(figure, str(value))
     console.print(shown)
     for broken in found["broken"]:
         console.print(f"broken: {broken['reason']}: {broken['bytes']}", highlight=False, markup=False)
-    console.print(f"written to {output}", highlight=False)
-    sys.exit(1 if found["summary"]["broken streams"] and options["resume"] else 0)
 
 
 _NULL_OPTIONS = ("replicas", "seconds", "every", "tokens_per_second", "resume")
 _DEMO_OPTIONS = ("url", "key", "pids", "rounds", "tokens")
+
+
+def demo(streams: int, say: Callable[[str], None], *, pids: str | None, **options: Any) -> dict[str, Any]:
+    """The whole scenario on engines that run; without `pids` the cluster tells which they are."""
+    found: dict[str, Any] = uvloop.run(run_demo(streams, say, pids=pids or _STATUS, **options))
+    return found
 
 
 def null(

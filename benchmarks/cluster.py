@@ -107,27 +107,35 @@ def up(words: list[str]) -> None:
         raise click.ClickException(f"the cluster did not come up:\n{done.stdout}{done.stderr}")
 
 
-def throughput(settings: Settings, plan: EnginePlan, rounds: int, console: Console) -> dict[str, list[float]]:
-    """Tokens a second at each way in."""
+@contextlib.contextmanager
+def ways_in(settings: Settings, model: str) -> Iterator[dict[str, str]]:
+    """The normal ingress beside what runs; yields the URLs of all three. All want `engine_key(settings)`."""
     base = f"http://127.0.0.1:{settings.port}"
     ray = _local_ray()
     api = ServeApi(ray.dashboard, ray.token)
     config = serve_config(settings)
-    config["applications"].append(as_config(plan.name))
+    config["applications"].append(as_config(model))
     api.deploy(config)
-    _wait_for(f"{base}{NORMAL_ROUTE}/v1/models")
+    try:
+        _wait_for(f"{base}{NORMAL_ROUTE}/v1/models")
+        yield {"normal": f"{base}{NORMAL_ROUTE}", "direct": f"{base}{ENGINE_ROUTE}", "ours": base}
+    finally:
+        config["applications"].pop()
+        api.deploy(config)
+
+
+def throughput(settings: Settings, plan: EnginePlan, rounds: int, console: Console) -> dict[str, list[float]]:
+    """Tokens a second at each way in."""
     os.environ["OPENAI_API_KEY"] = engine_key(settings)  # what vLLM's load generator shows
-    urls = {"normal": f"{base}{NORMAL_ROUTE}", "direct": f"{base}{ENGINE_ROUTE}", "ours": base}
-    results: dict[str, list[float]] = {name: [] for name in urls}
-    for number in range(-1, rounds):  # round -1 warms up and is not counted
-        for name, url in rotated(list(urls.items()), number):
-            requests = LOAD.requests if number >= 0 else LOAD.streams
-            figure = asyncio.run(measure(url, replace(LOAD, requests=requests), plan, number))
-            if number >= 0:
-                results[name].append(figure)
-        console.print(f"round {number + 1} of {rounds} done", highlight=False)
-    config["applications"].pop()
-    api.deploy(config)
+    with ways_in(settings, plan.name) as urls:
+        results: dict[str, list[float]] = {name: [] for name in urls}
+        for number in range(-1, rounds):  # round -1 warms up and is not counted
+            for name, url in rotated(list(urls.items()), number):
+                requests = LOAD.requests if number >= 0 else LOAD.streams
+                figure = asyncio.run(measure(url, replace(LOAD, requests=requests), plan, number))
+                if number >= 0:
+                    results[name].append(figure)
+            console.print(f"round {number + 1} of {rounds} done", highlight=False)
     return results
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,24 @@ def main(rounds: int, seconds: float, streams: int, output: Path) -> None:
     """Measure chunks a second, time to first token and memory a stream, with and without our layers."""
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report = measured(rounds, seconds, streams, lambda text: console.print(text, highlight=False))
+    output.write_text(json.dumps(report, indent=1) + "\n")
+    show(report, console)
+    console.print(f"written to {output}", highlight=False)
+
+
+def measured(rounds: int, seconds: float, streams: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """The whole measurement, with its servers. Leaves this process on one core while it lasts."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    cores = os.sched_getaffinity(0)
+    try:
+        return _measured(rounds, seconds, streams, say)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _measured(rounds: int, seconds: float, streams: int, say: Callable[[str], None]) -> dict[str, Any]:
     where = machine()  # before this process is put on one core
     os.sched_setaffinity(0, {_CLIENT_CORE % os.cpu_count()})  # type: ignore[operator]
     results: dict[str, dict[str, list[float]]] = {"chunks a second": {}, "median TTFT, ms": {}, "KB a stream": {}}
@@ -85,7 +101,7 @@ def main(rounds: int, seconds: float, streams: int, output: Path) -> None:
             if number >= 0:
                 for name, times in waits.items():
                     results["median TTFT, ms"].setdefault(name, []).append(1000 * statistics.median(times))
-            console.print(f"round {number + 1} of {rounds} done", highlight=False)
+            say(f"round {number + 1} of {rounds} done")
         for name, module in (("bare", "benchmarks.null_engine"), ("stack", "benchmarks.stack")):
             port = free_port()
             slow = ["--port", str(port), "--tokens-per-second", "0.2"]
@@ -93,13 +109,14 @@ def main(rounds: int, seconds: float, streams: int, output: Path) -> None:
                 wait_for(port)
                 results["KB a stream"][name] = [uvloop.run(memory_a_stream(process, port, streams))]
     report: dict[str, Any] = {"machine": where, "version": __version__, "rounds": rounds, "open_streams": streams}
-    report |= {"results": results, "summary": summary(results)}
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    return report | {"results": results, "summary": summary(results)}
+
+
+def show(report: dict[str, Any], console: Console) -> None:
     shown = Table("figure", "median of rounds")
     for figure, value in report["summary"].items():
         shown.add_row(figure, str(value))
     console.print(shown)
-    console.print(f"written to {output}", highlight=False)
 
 
 @contextmanager

@@ -169,6 +169,8 @@ class NullEngine:
                 return None
             if faults.in_streams and await faults.strike(number, gone):
                 return await send({"type": "http.response.body", "body": ENGINE_DEAD_EVENT, "more_body": False})
+            if number == faults.end_after:
+                return await send({"type": "http.response.body", "body": b"", "more_body": False})
             if number == reply.deadly:
                 faults.die()
             self.generated += reply.choices
@@ -277,6 +279,8 @@ async def serve(engine: NullEngine, host: str, port: int) -> None:
 @click.option("--prefill-s", type=float, default=0.0, show_default=True)
 @click.option("--max-num-seqs", type=int)
 @click.option("--break-after", type=int, help="A fault: each stream breaks after so many tokens.")
+@click.option("--end-after", type=int, help="A fault: each stream just ends after so many tokens.")
+@click.option("--stall-after", type=int, help="A fault: each stream falls silent after so many tokens.")
 @click.option("--hang", is_flag=True, help="A fault: nothing is sent.")
 @click.option("--status", type=int, help="A fault: every request gets this error.")
 @click.option("--dead", is_flag=True, help="A fault: says in every stream that its engine is dead.")

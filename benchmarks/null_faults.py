@@ -21,6 +21,8 @@ class Faults:
     """Which faults are on.
 
     break_after   the connection of a stream breaks in place of this token of its reply
+    end_after     a stream ends in place of this token as if all was sent, without finish_reason, usage and [DONE]
+    stall_after   in place of this token of its reply a stream falls silent, and its connection stays
     hang          nothing is sent to anyone, canaries included; `/health` still answers, as a hung vLLM's does
     status        every request is answered with this HTTP status (an error)
     dead          the engine behind the server has died: an error event and `[DONE]` in every stream, 500 to others
@@ -31,6 +33,8 @@ class Faults:
     """
 
     break_after: int | None = None
+    end_after: int | None = None
+    stall_after: int | None = None
     hang: bool = False
     status: int | None = None
     dead: bool = False
@@ -56,7 +60,7 @@ class Faults:
 
     async def strike(self, number: int, gone: "asyncio.Future[None]") -> bool:
         """Called before each token of a stream; True if the engine is dead. Raises ConnectionResetError."""
-        while self.hang and not gone.done():
+        while (self.hang or number == self.stall_after) and not gone.done():
             await asyncio.wait((gone,), timeout=_LOOK_S)
         if number == self.break_after:
             raise ConnectionResetError("a fault, as ordered")
@@ -72,4 +76,5 @@ class Faults:
 
     def _note(self) -> None:
         # Read before each token: one attribute, so that an engine without faults is as fast as it was.
-        self.in_streams = self.hang or self.dead or self.break_after is not None
+        at_a_token = (self.break_after, self.end_after, self.stall_after)
+        self.in_streams = self.hang or self.dead or any(number is not None for number in at_a_token)

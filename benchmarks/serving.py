@@ -18,12 +18,9 @@ import os
 import platform
 import re
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -31,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.load import processes
 from synthia_vllm import __version__
 from synthia_vllm.engine.arguments import EnginePlan, plan_engine
 from synthia_vllm.engine.hardware import inspect_machine
@@ -42,7 +39,6 @@ from synthia_vllm.prompt import SAMPLING_DEFAULTS, STOP_STRINGS
 from synthia_vllm.settings import EngineSettings, Settings
 
 VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"
-START_TIMEOUT_S = 300
 INPUT_TOKENS, OUTPUT_TOKENS = 32, 64
 
 
@@ -159,39 +155,9 @@ def commands(model: str, plan: EnginePlan, kv_cache_gib: float) -> dict[str, tup
 def running(
     name: str, command: list[str], environment: Mapping[str, str], logs: Path, tail: Sequence[str] = ()
 ) -> Iterator[str]:
-    """A server while it is needed; yields its URL. `tail` goes to the end of its command line."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = logs / f"{name}.log"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port), *tail],
-            env={
-                **os.environ,
-                "VLLM_LOGGING_LEVEL": "INFO",
-                "VLLM_NO_USAGE_STATS": "1",
-                "SYNTHIA_DATA": str(logs),
-                **environment,
-            },
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise click.ClickException(f"{name} did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(1)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    """A server while it is needed; yields its URL."""
+    with processes.running(name, command, environment, logs, tail=tail) as server:
+        yield server.url
 
 
 async def measure(url: str, load: Load, plan: EnginePlan, seed: int) -> float:
@@ -263,13 +229,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     head = "| pair, in one run | median | least | greatest |\n|---|---|---|---|\n"
     rows = (f"| {name} | {v['median']} | {v['min']} | {v['max']} |\n" for name, v in report["ratios"].items())
     return head + "".join(rows)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 if __name__ == "__main__":

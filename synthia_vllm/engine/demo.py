@@ -36,7 +36,7 @@ def demo_model() -> Path:
     An interrupted conversion leaves nothing half-made; two processes convert once.
     Raises SetupError where the package with the weights is missing.
     """
-    gguf = _find_gguf()
+    gguf = gguf_file()
     folder = cache_folder() / "models" / NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -59,7 +59,8 @@ def demo_model() -> Path:
     return folder
 
 
-def _find_gguf() -> Path:
+def gguf_file() -> Path:
+    """Where the weights are as they came. Raises SetupError where the package is missing."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:

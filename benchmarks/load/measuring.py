@@ -1,0 +1,157 @@
+"""One workload on one server: sends what is due when it is due, keeps what came of it, says if it can be trusted."""
+
+import asyncio
+import gc
+import random
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from benchmarks.load.client import GREEDY, Call, Client, Patience, Reply, Target
+from benchmarks.load.prompts import Prompts
+from benchmarks.load.run_file import Measurement, Request
+
+Kind = Literal["closed", "open", "conversations", "trace", "users"]
+# A client whose p99 lateness is above both bent the load that it was to make.
+LATE_S, LATE_SHARE = 0.005, 0.05
+# A measurement that is ended early leaves out what was under way: that may be so little of all tokens.
+LEFT_OUT_SHARE = 0.05
+_LAST_S = 60.0
+
+
+class Workload(Protocol):
+    """What is sent when. `drive` ends when all replies are there.
+
+    It draws lengths and moments from `load.random`, which is the same for all servers of a round, and prompts from
+    `load.prompts`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def streams(self) -> int | None: ...
+    @property
+    def rate(self) -> float | None: ...
+    @property
+    def weights(self) -> Mapping[str, float]: ...
+
+    async def drive(self, load: "Load") -> None: ...
+
+
+class Load:
+    """The measurement's clock, and the requests so far."""
+
+    def __init__(self, client: Client, *, seed: str) -> None:
+        self.client = client
+        self.random = random.Random(seed)
+        self.prompts = Prompts(seed + client.target.salt)
+        self.requests: list[Request] = []
+        self.under_way: list[Reply] = []
+        self._start = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    async def send(self, call: Call, due_s: float, into: Reply | None = None) -> Request:
+        """Sends at that moment and waits for the whole reply."""
+        if (wait := due_s - self.now()) > 0:
+            await asyncio.sleep(wait)
+        reply = into or Reply()
+        self.under_way.append(reply)
+        request = await self.client.send(call, start=self._start, due_s=due_s, into=reply)
+        self.under_way.remove(reply)
+        self.requests.append(request)
+        return request
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How measurements are taken. After `limit_s`, what is under way is left out; None: all replies are waited for."""
+
+    seed: int = 1
+    sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
+    patience: Patience = Patience()  # noqa: RUF009
+    limit_s: float | None = None
+
+
+async def measure(target: Target, workload: Workload, terms: Terms, *, server: str, number: int) -> Measurement:
+    """Runs a workload once. One that the terms' limit ended tells whether it still counts."""
+    gc.collect()
+    started = time.time()
+    async with Client(target, sampling=terms.sampling, patience=terms.patience) as client:
+        load = Load(client, seed=f"{terms.seed}/{workload.name}/{workload.streams}/{workload.rate}/{number}")
+        collecting = gc.isenabled()
+        gc.disable()  # a collection of all these lists would make the client late
+        try:
+            ended = await _drive(workload, load, terms.limit_s)
+        finally:
+            if collecting:
+                gc.enable()
+    requests = sorted(load.requests, key=lambda request: request.sent_s)
+    return Measurement(
+        server=server,
+        workload=workload.name,
+        round=number,
+        kind=workload.kind,
+        streams=workload.streams,
+        rate=workload.rate,
+        started_at=round(started, 3),
+        duration_s=max((request.done_s for request in requests), default=load.now()),
+        requests=requests,
+        invalid=[*lateness(requests), *([] if ended else left_out(load, terms.limit_s))],
+        weights=dict(workload.weights),
+    )
+
+
+async def _drive(workload: Workload, load: Load, limit_s: float | None) -> bool:
+    """True if it came to its end, False if the limit ended it: then at least one reply is there, if any comes."""
+    running = asyncio.create_task(workload.drive(load))
+    try:
+        done, _ = await asyncio.wait((running,), timeout=limit_s)
+        waited = time.monotonic()
+        while not done and not load.requests and time.monotonic() - waited < _LAST_S:
+            done, _ = await asyncio.wait((running,), timeout=0.5)
+        if done:
+            running.result()
+        return bool(done)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def lateness(requests: Sequence[Request]) -> list[str]:
+    """Why the client did not make the load that was asked for, if so."""
+    if not requests:
+        return ["no request ended"]
+    late = quantile([request.sent_s - request.due_s for request in requests], 0.99)
+    waits = [request.chunk_s[0] - request.sent_s for request in requests if request.chunk_s]
+    allowed = max(LATE_S, LATE_SHARE * statistics.median(waits)) if waits else LATE_S
+    if late <= allowed:
+        return []
+    return [
+        f"the client could not keep its schedule: p99 of its lateness is {1000 * late:.1f} ms, "
+        f"and {1000 * allowed:.1f} ms is allowed (the more of {1000 * LATE_S:.0f} ms and {LATE_SHARE:.0%} of the "
+        "median TTFT)"
+    ]
+
+
+def left_out(load: Load, limit_s: float | None) -> list[str]:
+    """Why a measurement that was ended early does not count, if so: its throughput is that of whole replies."""
+    lost = sum(len(reply.chunks) for reply in load.under_way)
+    kept = sum(len(request.chunk_s) for request in load.requests)
+    if lost <= LEFT_OUT_SHARE * (lost + kept):
+        return []
+    return [f"ended after {limit_s:.0f} s with {lost / (lost + kept):.0%} of its chunks in replies that were under way"]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linear between the two nearest, as numpy's default."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

@@ -1,0 +1,163 @@
+"""What is sent, and when; and which measurements count."""
+
+import asyncio
+import random
+import statistics
+import time
+from typing import Any
+
+import pytest
+
+from benchmarks.load.client import Target
+from benchmarks.load.conversations import Conversations
+from benchmarks.load.measuring import Terms, Workload, lateness, measure
+from benchmarks.load.prompts import Prompts, Span
+from benchmarks.load.run_file import Measurement, Request
+from benchmarks.load.trace import Row, Trace
+from benchmarks.load.users import Population, Users
+from benchmarks.load.workloads import ClosedLoop, OpenLoop, arrivals
+from benchmarks.null_engine import NullEngine
+from tests.gateway.live import serving
+
+SHORT = Span(8, 8)
+
+
+class Noting(NullEngine):
+    """Keeps the bodies that it was sent."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.bodies: list[dict[str, Any]] = []
+        self.most = 0
+
+    async def _begin(self, request: dict[str, Any], *rest: Any) -> None:
+        self.bodies.append(request)
+        self.most = max(self.most, self.running + 1)
+        await super()._begin(request, *rest)
+
+
+async def run(engine: NullEngine, workload: Workload, terms: Terms | None = None, **target: Any) -> Measurement:
+    with serving(engine) as port:
+        where = Target(f"http://127.0.0.1:{port}", "null", **target)
+        return await measure(where, workload, terms or Terms(), server="null", number=0)
+
+
+async def test_a_closed_loop_keeps_so_many_requests_open() -> None:
+    engine = Noting(tokens_per_second=200)
+    found = await run(engine, ClosedLoop(4, 10, SHORT, SHORT))
+    assert len(found.requests) == 10
+    assert engine.most == 4
+    assert all(len(body["prompt"]) == 8 for body in engine.bodies)
+    assert found.duration_s >= max(request.done_s for request in found.requests)
+
+
+async def test_an_open_loop_has_no_cap() -> None:
+    engine = Noting(prefill_s=1.0)
+    found = await run(engine, OpenLoop(100, 0.3, SHORT, SHORT))
+    assert engine.most == len(found.requests) == 30
+
+
+async def test_the_same_seed_sends_the_same_and_a_salt_other_prompts_at_the_same_moments() -> None:
+    workload = OpenLoop(200, 0.1, Span(4, 40), SHORT)
+    engines = [Noting(), Noting(), Noting()]
+    found = [await run(engine, workload, salt=salt) for engine, salt in zip(engines, ("", "", "/x"), strict=True)]
+    prompts = [sorted(body["prompt"] for body in engine.bodies) for engine in engines]
+    assert prompts[0] == prompts[1] != prompts[2]
+    moments = [[request.due_s for request in one.requests] for one in found]
+    assert sorted(moments[0]) == sorted(moments[1]) == sorted(moments[2])
+    lengths = [sorted(map(len, one)) for one in prompts]
+    assert lengths[0] == lengths[2]
+
+
+@pytest.mark.parametrize(("burstiness", "variation"), [(1.0, 1.0), (0.25, 2.0), (100.0, 0.1)])
+def test_gaps_are_gamma_distributed_and_fill_the_time(burstiness: float, variation: float) -> None:
+    moments = arrivals(random.Random(3), 50, 200, burstiness)
+    gaps = [b - a for a, b in zip([0.0, *moments], moments, strict=False)]
+    assert len(moments) == 10_000
+    assert moments[-1] == pytest.approx(200)
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(variation, rel=0.1)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+async def test_a_conversation_grows_in_the_synthia_format(chat: bool) -> None:
+    engine = Noting()
+    found = await run(engine, Conversations(1, 3, 0.01, 5, SHORT), chat=chat)
+    assert len(found.requests) == 3
+    if chat:
+        assert [len(body["messages"]) for body in engine.bodies] == [2, 4, 6]
+        assert engine.bodies[2]["messages"][:4] == [*engine.bodies[1]["messages"]]
+    else:
+        prompts = [body["prompt"] for body in engine.bodies]
+        assert all(prompt.endswith("\nASSISTANT:") for prompt in prompts)
+        assert prompts[1].startswith(prompts[0])
+        assert prompts[2].startswith(prompts[1])
+
+
+async def test_a_user_who_gets_no_answer_says_no_more() -> None:
+    from benchmarks.null_faults import Faults
+
+    found = await run(Noting(faults=Faults(status=500)), Conversations(2, 3, 0.01, 5, SHORT))
+    assert len(found.requests) == 2
+
+
+async def test_a_trace_is_sent_at_its_moments() -> None:
+    rows = (
+        Row(arrival=5, prompt_tokens=3, output_tokens=2, user="a"),
+        Row(arrival=5.4, prompt_tokens=4, output_tokens=1),
+    )
+    engine = Noting()
+    found = await run(engine, Trace("t", rows, speed=2))
+    assert [request.due_s for request in found.requests] == [0, 0.2]
+    assert [request.user for request in found.requests] == ["a", ""]
+    assert [len(body["prompt"]) for body in engine.bodies] == [3, 4]
+    assert found.requests[1].sent_s >= 0.2
+
+
+async def test_populations_send_side_by_side() -> None:
+    steady = Population(name="steady", rate=50, output_tokens=SHORT)
+    heavy = Population(name="heavy", streams=3, output_tokens=SHORT, weight=2)
+    found = await run(Noting(tokens_per_second=200), Users((steady, heavy), 0.3))
+    assert found.weights == {"steady": 1, "heavy": 2}
+    users = [request.user for request in found.requests]
+    assert users.count("steady") == 15
+    assert users.count("heavy") > 6
+
+
+async def test_the_limit_leaves_out_what_was_under_way_and_keeps_what_counts() -> None:
+    # One at a time, as the card's script does: nothing of the others has come.
+    engine = NullEngine(prefill_s=0.2, max_num_seqs=1)
+    found = await run(engine, ClosedLoop(8, 16, SHORT, SHORT), Terms(limit_s=0.5))
+    assert 1 <= len(found.requests) <= 3
+    assert not any("under way" in why for why in found.invalid)
+
+
+async def test_a_limit_that_cuts_into_replies_makes_a_measurement_invalid() -> None:
+    found = await run(NullEngine(tokens_per_second=30), ClosedLoop(4, 8, SHORT, Span(20, 20)), Terms(limit_s=1.0))
+    assert any("under way" in why for why in found.invalid)
+
+
+async def test_a_client_that_is_held_up_says_so() -> None:
+    async def hold_up() -> None:
+        await asyncio.sleep(0.1)
+        time.sleep(0.3)  # noqa: ASYNC251
+
+    held = asyncio.create_task(hold_up())
+    found = await run(NullEngine(), OpenLoop(100, 0.5, SHORT, SHORT))
+    await held
+    assert len(found.invalid) == 1
+    assert "could not keep its schedule" in found.invalid[0]
+
+
+@pytest.mark.parametrize(
+    ("late", "ttft", "valid"), [(0.004, 0.01, True), (0.006, 0.01, False), (0.04, 1.0, True), (0.06, 1.0, False)]
+)
+def test_how_late_a_client_may_be_depends_on_what_it_measures(late: float, ttft: float, valid: bool) -> None:
+    requests = [Request(due_s=0, sent_s=late, chunk_s=[late + ttft], done_s=late + ttft)] * 3
+    assert (lateness(requests) == []) is valid
+
+
+def test_prompts_have_the_length_that_is_asked_for_and_no_beginning_in_common() -> None:
+    prompts = Prompts("seed")
+    found = [tuple(prompts.ids(16)) for _ in range(100)]
+    assert {len(ids) for ids in found} == {16}
+    assert len({ids[:4] for ids in found}) == 100
