@@ -31,8 +31,8 @@ class HeadGroup(_Strict):
 class WorkerGroup(_Strict):
     groupName: str
     replicas: int = Field(ge=0)
-    minReplicas: int = Field(0, ge=0)
-    maxReplicas: int = Field(2**31 - 1, ge=0)
+    minReplicas: int = Field(ge=0)
+    maxReplicas: int = Field(ge=1)
     rayStartParams: dict[str, str]
     template: dict[str, Any]
 

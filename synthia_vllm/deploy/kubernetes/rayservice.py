@@ -60,10 +60,9 @@ def in_pod(settings: Settings, sizing: Sizing) -> Settings:
 
 def _workers(settings: Settings) -> Object:
     """One pod takes a node. Where Ray scales, it asks for pods as replicas need them."""
-    if settings.cluster.max_replicas is None:
-        return {"replicas": settings.deploy.nodes}
-    least = 1 if settings.cluster.min_replicas else 0
-    return {"replicas": least, "minReplicas": least, "maxReplicas": settings.deploy.nodes}
+    most = settings.deploy.nodes
+    least = most if settings.cluster.max_replicas is None else min(settings.cluster.min_replicas, 1)
+    return {"replicas": least, "minReplicas": least, "maxReplicas": most}
 
 
 def _autoscaler(settings: Settings) -> Object:
