@@ -35,7 +35,6 @@ def _on_premises(settings: Settings, sizing: Sizing) -> Object:
         "cluster_name": "synthia",
         "provider": {"type": "local", "head_ip": head, "worker_ips": workers},
         "auth": {"ssh_user": "synthia", "ssh_private_key": "~/.ssh/id_ed25519"},
-        "min_workers": len(workers),
         "max_workers": len(workers),
         **_shared(settings, sizing, cpus=settings.deploy.cpus_per_node),
     }
