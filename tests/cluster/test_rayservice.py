@@ -11,7 +11,7 @@ from deploy.generate import FOLDER
 from synthia_vllm.cluster.local import LocalRay
 from synthia_vllm.cluster.rest import ServeApi
 from tests.ray_cluster import ENGINE_OPTIONS, RunningCluster
-from tests.running import until
+from tests.running import new_key, until
 
 pytestmark = pytest.mark.e2e
 _CHAT = {"model": "synthia", "messages": [{"role": "user", "content": "What is an orca?"}], "max_tokens": 8}
@@ -44,8 +44,7 @@ def _asks_for_keys(url: str) -> bool:
 
 
 def test_the_manifests_applications_answer(cluster: RunningCluster, deployed: ServeApi) -> None:
-    made = cluster.command("keys", "create", "--user", "rayservice")
-    key = {"Authorization": f"Bearer {made.stdout.strip()}"}
+    key = {"Authorization": f"Bearer {new_key(cluster.data.parent, 'rayservice')}"}
     with httpx.Client(base_url=cluster.url, headers=key, timeout=120) as client:
         assert client.get("/ready").status_code == 200
         reply = client.post("/v1/chat/completions", json=_CHAT)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.container import dockerfile
 from tests.running import ROOT
 
 DOCKERFILE = ROOT / "deploy" / "container" / "Dockerfile"
@@ -50,3 +51,16 @@ def test_signals_reach_the_server() -> None:
 def test_no_secret_is_an_argument_of_the_build() -> None:
     assert not re.findall(r"^(?:ARG|ENV) .*(?:KEY|SECRET|TOKEN|PASSWORD)", TEXT, re.MULTILINE)
     assert not Path(ROOT / "deploy" / "container" / "secrets").exists()
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_check_chroot_reads_all_instructions(target: str) -> None:
+    stages = dockerfile.read(DOCKERFILE)
+    instructions = [one for stage in dockerfile.chain(stages, target) for one in stage.instructions]
+    assert dockerfile.chain(stages, target)[0].base == "${BASE}"
+    assert {word for word, _ in instructions} <= {
+        *("RUN", "COPY", "ENV", "WORKDIR", "USER", "ENTRYPOINT", "CMD"),
+        *("SHELL", "VOLUME", "EXPOSE", "HEALTHCHECK", "STOPSIGNAL", "ARG", "LABEL"),
+    }
+    environment = [dockerfile.variables(text) for word, text in instructions if word == "ENV"]
+    assert environment[0]["SYNTHIA_DATA"] == "/data"
