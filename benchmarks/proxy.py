@@ -1,8 +1,8 @@
 """What nginx and Caddy add to the first token: `python -m benchmarks.proxy`.
 
 The snippets that `synthia-vllm deploy render systemd` gives, TLS included, in front of a gateway and a null engine.
-Streams are sent in pairs, one through the proxy and one straight to the gateway, in alternating order on warm connections; the
-difference is taken within a pair.
+Streams are sent in pairs, one through the proxy and one straight to the gateway, in alternating order on warm
+connections; the difference is taken within a pair.
 """
 
 import json

@@ -86,7 +86,7 @@ class Root:
 @click.command()
 @click.option("--mirror", help="Debian mirror (default: debootstrap's own)")
 @click.option(
-    "--hand-in", multiple=True, type=click.Path(path_type=Path), help="a file or folder that is wanted there too"
+    "--hand-in", multiple=True, type=click.Path(path_type=Path), help="a file or folder that is to be read there too"
 )
 @click.option("--folder", type=click.Path(path_type=Path), help="where to work; 10 GB (default: a temporary one)")
 @click.option("--keep", is_flag=True, help="leave the roots where they are")
@@ -117,17 +117,26 @@ def _roots(work: Path, mirror: str | None, hand_in: tuple[Path, ...]) -> tuple[R
     base, image = work / "build", work / "image"
     words = ["debootstrap", "--variant=minbase", _RELEASE, str(base), *([mirror] if mirror else [])]
     subprocess.run(words, check=True, stdout=sys.stderr)
-    for path in (Path("/etc/resolv.conf"), Path("/etc/hosts"), *hand_in):
-        there = base / str(path).lstrip("/")
-        there.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            ["cp", "--recursive", "--dereference", "--no-target-directory", str(path), str(there)], check=True
-        )
+    for path in (Path("/etc/resolv.conf"), Path("/etc/hosts")):
+        shutil.copy(path, base / str(path).lstrip("/"))
     subprocess.run(["cp", "--archive", str(base), str(image)], check=True)
     for root in (base, image):
         subprocess.run(["mount", "--types", "proc", "proc", str(root / "proc")], check=True)
         subprocess.run(["mount", "--rbind", "/dev", str(root / "dev")], check=True)
+        for path in hand_in:
+            _show(path.resolve(), root / str(path).lstrip("/"))
     return Root(base), Root(image)
+
+
+def _show(path: Path, there: Path) -> None:
+    """The file or folder of this machine, to be read there."""
+    if path.is_dir():
+        there.mkdir(parents=True, exist_ok=True)
+    else:
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.touch()
+    subprocess.run(["mount", "--bind", str(path), str(there)], check=True)
+    subprocess.run(["mount", "--options", "remount,bind,ro", str(there)], check=True)
 
 
 def _ask(image: Root) -> None:
