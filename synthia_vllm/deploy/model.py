@@ -19,10 +19,13 @@ def fetch_model(model: str, folder: Path, revision: str) -> dict[str, str]:
     `sha256sum --check SHA256SUMS` tells later whether it still is. Goes on after an interruption. Raises SetupError
     where the hub can't be reached or a file is not what the hub says.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
+        hf_hub_download(
+            model, "config.json", revision=revision, local_dir=folder
+        )  # tells in words of its own what fails
         info = HfApi().model_info(model, revision=revision, files_metadata=True)
         snapshot_download(model, revision=info.sha, local_dir=folder, allow_patterns=list(_WANTED))
     except (HfHubHTTPError, HFValidationError, OSError) as error:

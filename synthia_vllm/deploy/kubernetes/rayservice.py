@@ -12,6 +12,7 @@ from synthia_vllm.settings import Settings
 
 SERVE_LABEL = {"ray.io/cluster-owner": "synthia"}
 _AGENT_PORT = 52365  # Ray's agent, which knows whether this node's raylet lives
+_STORE = {"object-store-memory": str(128 * 2**20)}  # nothing large goes through Ray; /dev/shm is for vLLM's workers
 _START_S = 1800  # weights come from a volume and are compiled for
 
 
@@ -36,14 +37,14 @@ def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> 
                 "authOptions": {"mode": "token"},
                 **_autoscaler(settings),
                 "headGroupSpec": {
-                    "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0"},
+                    "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0", **_STORE},
                     "template": _head(settings, sizing),
                 },
                 "workerGroupSpecs": [
                     {
                         "groupName": "engines",
                         **_workers(settings),
-                        "rayStartParams": {},
+                        "rayStartParams": dict(_STORE),
                         "template": _worker(settings, sizing),
                     }
                 ],
