@@ -9,7 +9,7 @@ from synthia_vllm.deploy.files import Files, to_yaml
 from synthia_vllm.deploy.sizing import Sizing, size
 from synthia_vllm.settings import Settings
 
-_ENVIRONMENT_FILE = "/etc/synthia/ray.env"
+_ENVIRONMENT_FILE = "/run/synthia/ray.env"  # in the container, which Ray mounts its files into
 _PORT = 6379
 _NAMES = ("ray-head.example.com", "ray-worker-1.example.com")  # where no workers are named
 Object = dict[str, Any]
@@ -74,13 +74,9 @@ def _shared(settings: Settings, sizing: Sizing, *, cpus: int) -> Object:
     """
     image = settings.deploy.image
     named = image if ":" in image.rpartition("/")[2] or "@" in image else f"{image}:{__version__}-{sizing.flavour}"
-    options = [
-        "--network=host",
-        "--ulimit=nofile=65536:65536",
-        "--shm-size=2g",
-        "--volume=/etc/synthia:/etc/synthia:ro",
-    ]
-    options += ["--volume=/var/lib/synthia:/data"]
+    # Ray starts a shell in the container and Ray from it; the image's own entry would take that for an option.
+    options = ["--entrypoint=/usr/bin/tini", "--ulimit=nofile=65536:65536", "--shm-size=2g"]
+    options += ["--volume=/etc/synthia/secrets:/etc/synthia/secrets:ro", "--volume=/var/lib/synthia:/data"]
     if not sizing.model.startswith("/"):
         options.append("--env=HF_HOME=/data/hub")
     else:

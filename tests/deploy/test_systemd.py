@@ -1,7 +1,9 @@
 """The unit by systemd's own judgement."""
 
 import re
+import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from deploy.generate import FOLDER
 from synthia_vllm.deploy.render import render
 from synthia_vllm.settings import Settings, load_settings
 from tests.deploy.tools import needed
+from tests.running import gateway
 
 _MOST = 30  # tenths: 3.0
 
@@ -54,3 +57,23 @@ def test_the_settings_are_yaml_without_secrets() -> None:
     told = yaml.safe_load((FOLDER / "systemd" / "settings.yaml").read_text())
     assert set(told) == {"log_file", "access"}
     assert set(told["access"]) == {"mode"}
+
+
+def test_a_gateway_tells_systemd_that_it_is_ready_alive_and_stopping(tmp_path: Path) -> None:
+    server = gateway(tmp_path, [], "--upstream", "http://127.0.0.1:9")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        server.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"}
+        server.start()
+        try:
+            told = [manager.recv(100) for _ in range(3)]
+            assert sorted(told) == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+        finally:
+            server.stop()
+        rest = []
+        manager.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                rest.append(manager.recv(100))
+        assert b"STOPPING=1" in rest
