@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from synthia_vllm import __version__
+from synthia_vllm.deploy.common import image, settings_file
 from synthia_vllm.deploy.files import SHIPPED, Files, shipped, to_yaml
 from synthia_vllm.deploy.sizing import Sizing, size
 from synthia_vllm.settings import Settings
@@ -73,38 +73,20 @@ def engine_settings(settings: Settings) -> Object:
         "page": False,
         "log_file": "-",
     }
-    return _without_empty(dumped) | own
+    return {key: value for key, value in dumped.items() if value != {}} | own
 
 
 def gateway_settings(settings: Settings) -> Object:
-    dumped: Object = settings.model_dump(
-        mode="json",
-        exclude_defaults=True,
-        exclude={
-            "config": True,
-            "deploy": True,
-            "cluster": True,
-            "engine": True,
-            "model": True,
-            "upstream_key": True,
-            "log_file": True,
-            "access": {"secret", "database"},
-        },
-    )
+    dumped = settings_file(settings, without=("cluster", "engine", "model", "log_file"))
     own: Object = {"host": "0.0.0.0", "port": settings.port, "upstream": [f"http://engine:{_ENGINE_PORT}"]}
     limits = {"redis": "redis://redis:6379/0"} | dumped.pop("limits", {})
-    return _without_empty(dumped) | own | {"limits": limits, "log": {"format": "json"} | dumped.get("log", {})}
+    return dumped | own | {"limits": limits, "log": {"format": "json"} | dumped.get("log", {})}
 
 
-def _without_empty(dumped: Object) -> Object:
-    return {key: value for key, value in dumped.items() if value != {}}
-
-
-def _own(sizing: Sizing, command: list[str], config: str, port: int, flavour: str, image: str) -> Object:
+def _own(sizing: Sizing, command: list[str], config: str, port: int, flavour: str, name: str) -> Object:
     """What our two services share: no rights, a root file system that can't be written, a drain that is waited for."""
-    named = image if ":" in image.rpartition("/")[2] or "@" in image else f"{image}:{__version__}-{flavour}"
     return {
-        "image": named,
+        "image": name,
         "build": {"context": "../..", "dockerfile": "deploy/container/Dockerfile", "target": flavour},
         "command": command,
         "environment": {"SYNTHIA_CONFIG": "/etc/synthia/settings.yaml"},
@@ -127,7 +109,7 @@ def _own(sizing: Sizing, command: list[str], config: str, port: int, flavour: st
 
 def _gateway(settings: Settings, sizing: Sizing) -> Object:
     # The CPU image: a gateway has no use for CUDA's gigabytes.
-    own = _own(sizing, ["gateway"], "gateway.yaml", settings.port, "cpu", settings.deploy.image)
+    own = _own(sizing, ["gateway"], "gateway.yaml", settings.port, "cpu", image(settings, "cpu"))
     own["environment"]["SYNTHIA_SECRETS"] = "/run/secrets"
     own["volumes"].append("gateway-data:/data")
     return own | {
@@ -143,7 +125,7 @@ def _engine(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Any:
     options = ["--", *vllm_options] if vllm_options else []
 
     def service(flavour: str) -> Object:
-        own = _own(sizing, ["serve", *options], "engine.yaml", _ENGINE_PORT, flavour, settings.deploy.image)
+        own = _own(sizing, ["serve", *options], "engine.yaml", _ENGINE_PORT, flavour, image(settings, flavour))
         own["volumes"] += ["engine-data:/data", "${MODELS:-./models}:/models:ro"]
         return own | {"shm_size": "2gb", "networks": {"engine": {"aliases": ["engine"]}}}
 

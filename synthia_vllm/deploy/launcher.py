@@ -3,8 +3,8 @@
 import shlex
 from typing import Any
 
-from synthia_vllm import __version__
 from synthia_vllm.cluster.config import ray_environment
+from synthia_vllm.deploy.common import image
 from synthia_vllm.deploy.files import Files, to_yaml
 from synthia_vllm.deploy.sizing import Sizing, size
 from synthia_vllm.settings import Settings
@@ -72,8 +72,6 @@ def _shared(settings: Settings, sizing: Sizing, *, cpus: int) -> Object:
 
     Ray's ports ask for the token in /etc/synthia/secrets/ray_token: whoever can write to them can run code.
     """
-    image = settings.deploy.image
-    named = image if ":" in image.rpartition("/")[2] or "@" in image else f"{image}:{__version__}-{sizing.flavour}"
     # Ray starts a shell in the container and Ray from it; the image's own entry would take that for an option.
     options = ["--entrypoint=/usr/bin/tini", "--ulimit=nofile=65536:65536", "--shm-size=2g"]
     options += ["--volume=/etc/synthia/secrets:/etc/synthia/secrets:ro", "--volume=/var/lib/synthia:/data"]
@@ -84,7 +82,7 @@ def _shared(settings: Settings, sizing: Sizing, *, cpus: int) -> Object:
     load = f"set -a; . {_ENVIRONMENT_FILE}; set +a"
     return {
         "docker": {
-            "image": named,
+            "image": image(settings, sizing.flavour),
             "container_name": "synthia",
             "pull_before_run": True,
             "run_options": options + (["--gpus=all"] if sizing.gpus else []),

@@ -2,6 +2,7 @@
 
 import math
 
+from synthia_vllm.deploy.common import settings_file
 from synthia_vllm.deploy.files import Files, fill, to_yaml
 from synthia_vllm.deploy.sizing import size
 from synthia_vllm.settings import LOOPBACK, Settings
@@ -43,19 +44,7 @@ def render_proxies(settings: Settings) -> Files:
 
 
 def _settings(settings: Settings) -> dict[str, object]:
-    dumped = settings.model_dump(
-        mode="json",
-        exclude_defaults=True,
-        exclude={
-            "config": True,
-            "deploy": True,
-            "cluster": True,
-            "upstream_key": True,
-            "access": {"secret", "database"},
-            "limits": {"redis"},
-        },
-    )
-    own = {key: value for key, value in dumped.items() if value != {}}
+    own = settings_file(settings, without=("cluster",))
     # Behind the proxy all clients come from this machine, so that `auto` would let them in without keys.
     access = own.get("access", {})
     if settings.host in LOOPBACK and settings.access.mode == "auto":

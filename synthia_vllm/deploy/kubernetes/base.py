@@ -4,6 +4,7 @@ import math
 
 import yaml
 
+from synthia_vllm.deploy.common import image
 from synthia_vllm.deploy.files import shipped
 from synthia_vllm.deploy.kubernetes import pod
 from synthia_vllm.deploy.kubernetes.pod import Object
@@ -156,7 +157,7 @@ def model_job(settings: Settings, sizing: Sizing) -> Object:
                     "containers": [
                         {
                             "name": "fetch",
-                            "image": pod.image(settings, sizing),
+                            "image": image(settings, sizing.flavour),
                             "command": [*command, "--revision", settings.deploy.model_revision],
                             "securityContext": pod.container_security(),
                             "resources": {"requests": small, "limits": dict(small)},

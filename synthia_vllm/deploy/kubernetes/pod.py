@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from synthia_vllm import __version__
 from synthia_vllm.deploy.sizing import Sizing
 from synthia_vllm.settings import SECRETS_VARIABLE, Settings
 
@@ -24,13 +23,6 @@ def meta(name: str, component: str | None = None, **more: Any) -> Object:
 def labels(component: str | None = None) -> Object:
     own = {"app.kubernetes.io/name": NAME}
     return own | ({"app.kubernetes.io/component": component} if component else {})
-
-
-def image(settings: Settings, sizing: Sizing) -> str:
-    """As named, with the version and what it is for as its tag where no tag or digest is given."""
-    named = settings.deploy.image
-    last = named.rpartition("/")[2]
-    return named if ":" in last or "@" in last else f"{named}:{__version__}-{sizing.flavour}"
 
 
 def model_folder(sizing: Sizing) -> str:

@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from synthia_vllm.cluster.config import ray_environment, serve_config
+from synthia_vllm.deploy.common import image
 from synthia_vllm.deploy.files import to_yaml
 from synthia_vllm.deploy.kubernetes import pod
 from synthia_vllm.deploy.kubernetes.pod import Object
@@ -113,7 +114,7 @@ def _worker(settings: Settings, sizing: Sizing) -> Object:
 def _container(name: str, settings: Settings, sizing: Sizing) -> Object:
     return {
         "name": name,
-        "image": pod.image(settings, sizing),
+        "image": image(settings, sizing.flavour),
         "imagePullPolicy": "IfNotPresent",
         "env": pod.environment(ray_environment(settings) | {"HF_HUB_OFFLINE": "1"}),
         "securityContext": pod.container_security(),

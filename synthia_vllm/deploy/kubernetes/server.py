@@ -1,5 +1,6 @@
 """Kubernetes without Ray: each pod is a whole server, `synthia-vllm serve`, and KEDA decides how many there are."""
 
+from synthia_vllm.deploy.common import image, settings_file
 from synthia_vllm.deploy.files import to_yaml
 from synthia_vllm.deploy.kubernetes import pod
 from synthia_vllm.deploy.kubernetes.pod import Object
@@ -25,19 +26,7 @@ def config_map(settings: Settings, sizing: Sizing) -> Object:
 
 
 def settings_for_pods(settings: Settings, sizing: Sizing) -> Object:
-    dumped: Object = in_pod(settings, sizing).model_dump(
-        mode="json",
-        exclude_defaults=True,
-        exclude={
-            "config": True,
-            "deploy": True,
-            "cluster": True,
-            "upstream_key": True,
-            "access": {"secret", "database"},
-            "limits": {"redis"},
-        },
-    )
-    return {key: value for key, value in dumped.items() if value != {}} | {"log_file": "-"}
+    return settings_file(in_pod(settings, sizing), without=("cluster",)) | {"log_file": "-"}
 
 
 def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Object:
@@ -45,7 +34,7 @@ def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> O
     options = ["--", *vllm_options] if vllm_options else []
     container = {
         "name": "server",
-        "image": pod.image(settings, sizing),
+        "image": image(settings, sizing.flavour),
         "imagePullPolicy": "IfNotPresent",
         "args": ["serve", *options],
         "env": pod.environment({CONFIG_VARIABLE: "/etc/synthia/settings.yaml", "HF_HUB_OFFLINE": "1"}),
