@@ -3,6 +3,7 @@
 import fnmatch
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,12 @@ COPIED = [words.split()[:-1] for words in re.findall(r"^COPY (?!--from)(.+)$", T
 
 
 def test_hadolint_has_nothing_to_say() -> None:
-    done = subprocess.run(["hadolint", "--no-color", DOCKERFILE], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("hadolint"), "--no-color", DOCKERFILE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "")
 
 

@@ -60,7 +60,7 @@ def network_policies(settings: Settings) -> list[Object]:
         "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
     }
     return [
-        _policy("synthia-nobody", {"matchLabels": pod.labels()}, ingress=[{"from": [mine]}]),
+        _policy("synthia-among-its-pods", {"matchLabels": pod.labels()}, ingress=[{"from": [mine]}]),
         _policy(
             "synthia-gateway",
             {"matchLabels": pod.labels()},

@@ -10,8 +10,6 @@ SECRET = "synthia-secrets"
 MODEL_CLAIM = "synthia-model"
 USER = 10001  # the Dockerfile's
 SECRETS_FOLDER, MODELS_FOLDER = "/run/secrets/synthia", "/models"
-# The wanted secrets, as files of Kubernetes' Secret; an empty file would be an empty password.
-SECRET_FILES = ("access__secret", "access__database", "limits__redis")
 
 Object = dict[str, Any]
 
