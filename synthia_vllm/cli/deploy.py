@@ -15,16 +15,12 @@ def command() -> None:
     """Files for operators, made from the settings; and what runs beside the server there."""
 
 
-@command.command(
-    "render",
-    add_help_option=False,
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)
+@command.command("render", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("kind", type=click.Choice(KINDS))
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
 def render_command(vllm_options: list[str] | None, kind: str, words: tuple[str, ...]) -> None:
-    """Write the files of one KIND for these settings: --to FOLDER (default: deploy), --config, --deploy.…, --help."""
+    """Write the files of one KIND below --to FOLDER (default: deploy); --help after the kind lists the settings."""
     from synthia_vllm.deploy.files import write
     from synthia_vllm.deploy.render import render
 
