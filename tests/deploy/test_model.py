@@ -41,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
             return self._send(json.dumps(self._tree()).encode(), {"Content-Type": "application/json"}, send=send)
         if path.startswith("/api/models/"):
             return self._send(json.dumps(self._info()).encode(), {"Content-Type": "application/json"}, send=send)
-        if path.rpartition("/")[2] not in _FILES:
+        if path.rpartition("/")[2] not in _FILES or "/some/model/" not in path:
             return self.send_error(404)
         content = _FILES[path.rpartition("/")[2]]
         etag = hashlib.sha256(content).hexdigest() if content is _WEIGHTS else "b" * 40
@@ -82,8 +82,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join()
 
 
-def fetch(hub: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "synthia_vllm", "deploy", "fetch-model", "some/model", "--to", str(folder)]
+def fetch(hub: str, folder: Path, model: str = "some/model") -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "synthia_vllm", "deploy", "fetch-model", model, "--to", str(folder)]
     own = {"HF_ENDPOINT": hub, "HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(words, env=os.environ | own, capture_output=True, text=True, check=False)
 
@@ -106,10 +106,11 @@ def test_a_damaged_file_is_refused_and_removed(hub: str, tmp_path: Path, monkeyp
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_a_hub_that_is_not_there_is_named(tmp_path: Path) -> None:
-    done = fetch("http://127.0.0.1:9", tmp_path / "model")
+def test_a_model_that_the_hub_does_not_have_is_named(hub: str, tmp_path: Path) -> None:
+    done = fetch(hub, tmp_path / "model", "no/model")
     assert done.returncode == 2
-    assert "is the hub reachable" in done.stderr
+    assert "no/model" in done.stderr
+    assert "the name right?" in done.stderr
 
 
 def test_the_first_wrong_file_is_named(tmp_path: Path) -> None:
