@@ -1,6 +1,8 @@
-"""One settings tree: YAML file < environment (`SYNTHIA_…`) < command line.
+"""One settings tree: YAML file < files of secrets < environment (`SYNTHIA_…`) < command line.
 
 `SYNTHIA_PROMPT__STYLE=script`, `--prompt.style script` and `prompt: {style: script}` in the file set the same field.
+`SYNTHIA_SECRETS` names a folder with one file a secret (`access__secret`, `access__database`, …): what systemd's
+credentials, Kubernetes' and Docker's secrets are.
 """
 
 import os
@@ -22,6 +24,7 @@ from pydantic import (
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
+    NestedSecretsSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
@@ -31,6 +34,7 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.prompt import MarkerPolicy, Style
 
 CONFIG_VARIABLE = "SYNTHIA_CONFIG"
+SECRETS_VARIABLE = "SYNTHIA_SECRETS"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -296,6 +300,40 @@ class TracingSettings(BaseModel):
     ] = 1.0
 
 
+class DeploySettings(BaseModel):
+    """Where it is to run: what `synthia-vllm deploy render` has to know of machines that it does not see."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,40}[a-z0-9])?$", description="of the Kustomize overlay")
+    ] = "site"
+    image: Annotated[
+        str, Field(description="container image (default tag: the version, with -cuda or -cpu); a tag or digest wins")
+    ] = "synthia-vllm"
+    namespace: Annotated[str, Field(description="Kubernetes namespace")] = "synthia"
+    domain: Annotated[str, Field(description="name that clients use; certificates are for it")] = "synthia.example.com"
+    nodes: Annotated[PositiveInt, Field(description="machines that engines run on")] = 1
+    gpus_per_node: Annotated[NonNegativeInt, Field(description="NVIDIA GPUs in each of them")] = 0
+    gpu_memory_gib: Annotated[PositiveFloat, Field(description="memory of one GPU")] = 80.0
+    cpus_per_node: Annotated[PositiveInt, Field(description="CPUs that each of them gives")] = 4
+    memory_per_node_gib: Annotated[PositiveFloat, Field(description="memory that each of them gives")] = 16.0
+    grace_period_s: Annotated[
+        PositiveInt | None,
+        Field(description="from SIGTERM to SIGKILL (default: what draining needs); never less than that"),
+    ] = None
+    model_revision: Annotated[str, Field(description="commit of the model on the hub; a branch moves")] = "main"
+    keda: Annotated[
+        bool, Field(description="Kubernetes without Ray: one server a pod, scaled by KEDA to cluster.max-replicas")
+    ] = False
+    instance_type: Annotated[str, Field(description="`ray` in a cloud: the machine type that engines run on")] = (
+        "g6e.2xlarge"
+    )
+    workers: Annotated[
+        list[str], Field(description="`ray` on machines of your own: their names; the head is the first of them")
+    ] = []
+
+
 class Settings(BaseSettings):
     """Serve Synthia on this machine: an OpenAI- and Anthropic-compatible server that speaks the Synthia format."""
 
@@ -359,6 +397,7 @@ class Settings(BaseSettings):
     slo: SloSettings = SloSettings()
     metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
+    deploy: DeploySettings = DeploySettings()
 
     @classmethod
     def settings_customise_sources(
@@ -369,10 +408,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        path = os.environ.get(CONFIG_VARIABLE)
-        if not path:
-            return init_settings, env_settings
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=Path(path))
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if folder := os.environ.get(SECRETS_VARIABLE):
+            sources.append(NestedSecretsSettingsSource(file_secret_settings, folder, secrets_prefix=""))
+        if path := os.environ.get(CONFIG_VARIABLE):
+            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=Path(path)))
+        return tuple(sources)
 
 
 def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve") -> Settings:
@@ -386,6 +427,9 @@ def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve")
     path = os.environ.get(CONFIG_VARIABLE)
     if path and not Path(path).is_file():
         raise SetupError(f"--config {path}: there is no such file")
+    secrets = os.environ.get(SECRETS_VARIABLE)
+    if secrets and not Path(secrets).is_dir():
+        raise SetupError(f"{SECRETS_VARIABLE} {secrets}: there is no such folder; it holds one file a secret")
     try:
         source: CliSettingsSource[Settings] = CliSettingsSource(Settings, cli_prog_name=prog, cli_parse_args=list(argv))
         return Settings(_cli_settings_source=source)  # type: ignore[call-arg]

@@ -20,6 +20,7 @@ COMMANDS = {
     "exporter": ("synthia_vllm.cli.exporter", "Metrics of engines that run elsewhere, as one page for Prometheus."),
     "top": ("synthia_vllm.cli.top", "Watch a running server: replicas, users, tokens a second, latencies."),
     "bench": ("synthia_vllm.cli.bench", "Measure: throughput, latency, fairness, limits; against other servers."),
+    "deploy": ("synthia_vllm.cli.deploy", "Write files for Kubernetes, Compose, Ray's launcher or systemd."),
     "doctor": ("synthia_vllm.cli.doctor", "Tell what would stop or slow down `serve` on this machine."),
 }
 

@@ -183,7 +183,7 @@ def _gateway_settings(settings: Settings) -> dict[str, Any]:
 
 def _dump(settings: Settings) -> dict[str, Any]:
     """What differs from the defaults, without the secrets, paths made absolute: a replica has another folder."""
-    dumped: dict[str, Any] = settings.model_dump(mode="json", exclude_defaults=True, exclude={"config"})
+    dumped: dict[str, Any] = settings.model_dump(mode="json", exclude_defaults=True, exclude={"config", "deploy"})
     for group, name in SECRETS.values():
         dumped.get(group, {}).pop(name, None)
     for key in ("model", "tokenizer"):

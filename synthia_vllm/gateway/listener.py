@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.protocol import limited_protocol
+from synthia_vllm.gateway.service_manager import ServiceManager
 from synthia_vllm.settings import LOOPBACK, Settings
 
 
@@ -54,6 +55,7 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self._on_ready = on_ready
+        self._manager = ServiceManager()
 
     async def run_until_stopped(self, sock: socket.socket) -> bool:
         """Serves until SIGTERM or SIGINT; True after a drain, False if it was cut."""
@@ -72,6 +74,7 @@ class DrainingServer(uvicorn.Server):
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
+        self._manager.stopping()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -81,3 +84,8 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+            self._manager.ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._manager.alive()
+        return await super().on_tick(counter)

@@ -232,19 +232,14 @@ def _idle(measurements: Sequence[Measurement]) -> Floats:
 
 
 def _noise(steps: Sequence[Steps], model: EngineModel) -> Floats:
-    ratios = np.concatenate(
-        [
-            one.seconds
-            / (
-                model.step_s(one.sequences) * one.tokens
-                + model.prompt_step_s * (one.prompt_tokens > 0)
-                + model.prefill_s * one.prompt_tokens
-            )
-            for one in steps
-        ]
-    )
+    """Each quantile is the median over the measurements: one that the machine disturbed does not decide."""
     share = (np.arange(_NOISE_QUANTILES) + 0.5) / _NOISE_QUANTILES
-    quantiles = np.clip(np.quantile(ratios[np.isfinite(ratios)], share), *_NOISE_BOUNDS)
+    found = []
+    for one in steps:
+        expected = model.step_s(one.sequences) * one.tokens + model.prefill_s * one.prompt_tokens
+        expected += model.prompt_step_s * (one.prompt_tokens > 0)
+        found.append(np.quantile(one.seconds / expected, share))
+    quantiles = np.clip(np.median(found, axis=0), *_NOISE_BOUNDS)
     return np.asarray(quantiles / quantiles.mean())
 
 

@@ -1,0 +1,1 @@
+"""The Compose file's services without a container engine."""

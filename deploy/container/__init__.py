@@ -1,0 +1,1 @@
+"""The container image, and the proof that its Dockerfile lacks nothing."""

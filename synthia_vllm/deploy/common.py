@@ -1,0 +1,25 @@
+"""What all kinds of files have in common: the image's name, and settings as a process there reads them."""
+
+from typing import Any
+
+from synthia_vllm import __version__
+from synthia_vllm.settings import Settings
+
+# Given as files or by the environment, never written into a file of settings.
+_SECRETS: dict[str, Any] = {"upstream_key": True, "access": {"secret", "database"}, "limits": {"redis"}}
+_OF_RENDERING = {"config": True, "deploy": True}
+
+
+def image(settings: Settings, flavour: str) -> str:
+    """As named, with the version and what it is for as its tag where no tag or digest is given."""
+    named = settings.deploy.image
+    last = named.rpartition("/")[2]
+    return named if ":" in last or "@" in last else f"{named}:{__version__}-{flavour}"
+
+
+def settings_file(settings: Settings, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings that differ from the defaults, less the secrets, what is for rendering, and the groups named."""
+    dumped: dict[str, Any] = settings.model_dump(
+        mode="json", exclude_defaults=True, exclude=_SECRETS | _OF_RENDERING | dict.fromkeys(without, True)
+    )
+    return {key: value for key, value in dumped.items() if value != {}}

@@ -1,0 +1,1 @@
+"""Kubernetes: a Kustomize base, components, and one overlay for the settings at hand."""

@@ -1,0 +1,184 @@
+"""What is the same for all sizes: who may speak to whom, how many may be away, the metrics, the model's volume."""
+
+import math
+
+import yaml
+
+from synthia_vllm.deploy.common import image
+from synthia_vllm.deploy.files import shipped
+from synthia_vllm.deploy.kubernetes import pod
+from synthia_vllm.deploy.kubernetes.pod import Object
+from synthia_vllm.deploy.sizing import Sizing
+from synthia_vllm.engine.hardware import GIB
+from synthia_vllm.settings import Settings
+
+ADMIN_KEY_SECRET = "synthia-metrics-key"
+
+
+def service_account() -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": pod.meta(pod.NAME),
+        "automountServiceAccountToken": False,
+    }
+
+
+def gateway_service(settings: Settings) -> Object:
+    """Where clients go: only pods whose /ready is 200."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": pod.meta("synthia-gateway", "gateway"),
+        "spec": {
+            "selector": pod.labels("engine"),
+            "ports": [{"name": "http", "port": 80, "targetPort": settings.port, "protocol": "TCP"}],
+        },
+    }
+
+
+def metrics_service(settings: Settings) -> Object:
+    """What Prometheus scrapes. On Ray the head's HAProxy alone: each node's would bring the same page once more."""
+    component = "engine" if settings.deploy.keda else "head"
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": pod.meta("synthia-metrics", "metrics"),
+        "spec": {
+            "clusterIP": "None",
+            "selector": pod.labels(component),
+            "ports": [{"name": "http", "port": settings.port, "targetPort": settings.port, "protocol": "TCP"}],
+        },
+    }
+
+
+def network_policies(settings: Settings) -> list[Object]:
+    """Only the gateway is reachable from outside: Ray's ports, and the engines', are for its own pods and KubeRay."""
+    mine = {"podSelector": {"matchLabels": pod.labels()}}
+    operator = {
+        "namespaceSelector": {},
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
+    }
+    return [
+        _policy("synthia-among-its-pods", {"matchLabels": pod.labels()}, ingress=[{"from": [mine]}]),
+        _policy(
+            "synthia-gateway",
+            {"matchLabels": pod.labels()},
+            ingress=[{"ports": [{"protocol": "TCP", "port": settings.port}]}],
+        ),
+        _policy(
+            "synthia-operator",
+            {"matchLabels": pod.labels()},
+            ingress=[{"from": [operator], "ports": [{"protocol": "TCP", "port": 8265}]}],
+        ),
+    ]
+
+
+def disruption_budgets() -> list[Object]:
+    return [
+        {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": pod.meta(f"synthia-{component}", component),
+            "spec": {"maxUnavailable": most, "selector": {"matchLabels": pod.labels(component)}},
+        }
+        for component, most in (("engine", 1), ("head", 0))
+    ]
+
+
+def service_monitor() -> Object:
+    """Prometheus Operator's scrape; /metrics wants an admin's key."""
+    key = {"type": "Bearer", "credentials": {"name": ADMIN_KEY_SECRET, "key": "key"}}
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "ServiceMonitor",
+        "metadata": pod.meta(pod.NAME),
+        "spec": {
+            "selector": {"matchLabels": pod.labels("metrics")},
+            "endpoints": [
+                {
+                    "port": "http",
+                    "path": "/metrics",
+                    "interval": "15s",
+                    "scrapeTimeout": "5s",
+                    "authorization": key,
+                }
+            ],
+        },
+    }
+
+
+def prometheus_rule() -> Object:
+    """The rules of `deploy/prometheus`, all of them."""
+    groups = [group for text in shipped("prometheus/rules").values() for group in yaml.safe_load(text)["groups"]]
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": pod.meta(pod.NAME),
+        "spec": {"groups": groups},
+    }
+
+
+def model_volume(sizing: Sizing) -> Object:
+    """Twice the weights, so that the next version can be fetched beside this one. Read by pods of many nodes."""
+    weights = (sizing.geometry.weight_bytes if sizing.geometry else None) or 50 * GIB
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": pod.meta(pod.MODEL_CLAIM, "model"),
+        "spec": {
+            "accessModes": ["ReadWriteMany"],
+            "resources": {"requests": {"storage": f"{math.ceil(2 * weights / GIB)}Gi"}},
+        },
+    }
+
+
+def model_job(settings: Settings, sizing: Sizing) -> Object:
+    """Fetches the model once; each file's SHA-256 is compared with what the hub says of that revision."""
+    command = ["synthia-vllm", "deploy", "fetch-model", sizing.model, "--to", pod.model_folder(sizing)]
+    small = {"cpu": "1", "memory": "2Gi"}
+    mounts = [
+        {"name": "models", "mountPath": pod.MODELS_FOLDER},
+        {"name": "data", "mountPath": "/data"},
+        {"name": "tmp", "mountPath": "/tmp"},
+    ]
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": pod.meta("synthia-model", "model"),
+        "spec": {
+            "backoffLimit": 4,
+            "template": {
+                "metadata": {"labels": pod.labels("model")},
+                "spec": {
+                    "restartPolicy": "OnFailure",
+                    "automountServiceAccountToken": False,
+                    "securityContext": pod.pod_security(),
+                    "containers": [
+                        {
+                            "name": "fetch",
+                            "image": image(settings, sizing.flavour),
+                            "command": [*command, "--revision", settings.deploy.model_revision],
+                            "securityContext": pod.container_security(),
+                            "resources": {"requests": small, "limits": dict(small)},
+                            "volumeMounts": mounts,
+                        }
+                    ],
+                    "volumes": [
+                        {"name": "models", "persistentVolumeClaim": {"claimName": pod.MODEL_CLAIM}},
+                        {"name": "data", "emptyDir": {}},
+                        {"name": "tmp", "emptyDir": {}},
+                    ],
+                },
+            },
+        },
+    }
+
+
+def _policy(name: str, selector: Object, *, ingress: list[Object]) -> Object:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": pod.meta(name),
+        "spec": {"podSelector": selector, "policyTypes": ["Ingress"], "ingress": ingress},
+    }

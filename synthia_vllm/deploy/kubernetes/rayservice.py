@@ -1,0 +1,147 @@
+"""The RayService: our Serve config, and the cluster that KubeRay makes for it."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from synthia_vllm.cluster.config import ray_environment, serve_config
+from synthia_vllm.deploy.common import image
+from synthia_vllm.deploy.files import to_yaml
+from synthia_vllm.deploy.kubernetes import pod
+from synthia_vllm.deploy.kubernetes.pod import Object
+from synthia_vllm.deploy.sizing import Sizing
+from synthia_vllm.errors import SetupError
+from synthia_vllm.settings import Settings
+
+SERVE_LABEL = {"ray.io/cluster-owner": "synthia"}
+_AGENT_PORT = 52365  # Ray's agent, which knows whether this node's raylet lives
+_STORE = {"object-store-memory": str(128 * 2**20)}  # nothing large goes through Ray; /dev/shm is for vLLM's workers
+_START_S = 1800  # weights come from a volume and are compiled for
+
+
+def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Object:
+    """The object; `spec.serveConfigV2` is what `synthia-vllm cluster config` prints for the same settings."""
+    config = serve_config(in_pod(settings, sizing), vllm_options)
+    surge = settings.cluster.surge
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": pod.meta(pod.NAME),
+        "spec": {
+            "serveConfigV2": to_yaml(config),
+            # Options of ours roll within the cluster, replica by replica. Another image is another cluster: beside the
+            # old one where there is room for both.
+            "upgradeStrategy": {"type": "NewCluster" if surge else "None"},
+            "excludeHeadPodFromServeSvc": True,
+            "rayClusterDeletionDelaySeconds": sizing.grace_s,
+            "rayClusterConfig": {
+                "rayVersion": _ray_version(),
+                # All who speak to Ray's ports show a token, which KubeRay makes and keeps in a Secret.
+                "authOptions": {"mode": "token"},
+                **_autoscaler(settings),
+                "headGroupSpec": {
+                    "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0", **_STORE},
+                    "template": _head(settings, sizing),
+                },
+                "workerGroupSpecs": [
+                    {
+                        "groupName": "engines",
+                        **_workers(settings),
+                        "rayStartParams": dict(_STORE),
+                        "template": _worker(settings, sizing),
+                    }
+                ],
+            },
+        },
+    }
+
+
+def in_pod(settings: Settings, sizing: Sizing) -> Settings:
+    """The settings as they hold inside of the pods."""
+    told = {"model": pod.model_folder(sizing), "host": "0.0.0.0"}
+    return settings.model_copy(update=told, deep=True)
+
+
+def _workers(settings: Settings) -> Object:
+    """One pod takes a node. Where Ray scales, it asks for pods as replicas need them."""
+    most = settings.deploy.nodes
+    least = most if settings.cluster.max_replicas is None else min(settings.cluster.min_replicas, 1)
+    return {"replicas": least, "minReplicas": least, "maxReplicas": most}
+
+
+def _autoscaler(settings: Settings) -> Object:
+    if settings.cluster.max_replicas is None:
+        return {}
+    small = {"cpu": "500m", "memory": "512Mi"}
+    options = {
+        "version": "v2",
+        "idleTimeoutSeconds": max(60, int(settings.cluster.downscale_delay_s)),
+        "resources": {"requests": small, "limits": dict(small)},
+        "securityContext": pod.container_security(),
+    }
+    return {"enableInTreeAutoscaling": True, "autoscalerOptions": options}
+
+
+def _head(settings: Settings, sizing: Sizing) -> Object:
+    memory = {"cpu": "1", "memory": "4Gi"}
+    container = _container("ray-head", settings, sizing) | {
+        "ports": [
+            {"name": "gcs", "containerPort": 6379},
+            {"name": "dashboard", "containerPort": 8265},
+            {"name": "serve", "containerPort": settings.port},
+        ],
+        "resources": {"requests": memory, "limits": dict(memory)},
+        "startupProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=5, failures=60),
+        # Not /ready: KubeRay deploys the applications only when the head is ready.
+        "readinessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=5, failures=3),
+        "livenessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=10, failures=12),
+    }
+    return _template(container, "head", settings, sizing)
+
+
+def _worker(settings: Settings, sizing: Sizing) -> Object:
+    container = _container("ray-worker", settings, sizing) | {
+        "ports": [{"name": "serve", "containerPort": settings.port}],
+        "resources": pod.resources(settings, sizing),
+        "startupProbe": pod.http_probe("/api/local_raylet_healthz", _AGENT_PORT, period=5, failures=_START_S // 5),
+        # Clients are sent where HAProxy reaches a gateway whose engines generate.
+        "readinessProbe": pod.http_probe("/ready", "serve", period=5, failures=3, timeout=10),
+        # Serve heals replicas by itself; the pod is only restarted with its raylet.
+        "livenessProbe": pod.http_probe("/api/local_raylet_healthz", _AGENT_PORT, period=10, failures=12),
+        "lifecycle": pod.drain_hook(settings, settings.cluster.drain_s),
+    }
+    return _template(container, "engine", settings, sizing)
+
+
+def _container(name: str, settings: Settings, sizing: Sizing) -> Object:
+    return {
+        "name": name,
+        "image": image(settings, sizing.flavour),
+        "imagePullPolicy": "IfNotPresent",
+        "env": pod.environment(ray_environment(settings) | {"HF_HUB_OFFLINE": "1"}),
+        "securityContext": pod.container_security(),
+        "volumeMounts": pod.mounts(sizing),
+    }
+
+
+def _template(container: Object, component: str, settings: Settings, sizing: Sizing) -> Object:
+    labels = pod.labels(component)
+    return {
+        "metadata": {"labels": labels},
+        "spec": {
+            "serviceAccountName": pod.NAME,
+            "automountServiceAccountToken": component == "head" and settings.cluster.max_replicas is not None,
+            "terminationGracePeriodSeconds": sizing.grace_s,
+            "securityContext": pod.pod_security(),
+            "topologySpreadConstraints": pod.spread(labels),
+            "containers": [container],
+            "volumes": pod.volumes(sizing),
+        },
+    }
+
+
+def _ray_version() -> str:
+    try:
+        return version("ray")
+    except PackageNotFoundError:
+        raise SetupError(
+            "Ray is not installed here, and a RayService names its version; install the extra `cluster`"
+        ) from None

@@ -1,0 +1,66 @@
+"""The tree of files: `base`, `components`, and the overlay that is for these settings."""
+
+from synthia_vllm.deploy.files import Files, to_yaml
+from synthia_vllm.deploy.kubernetes import base, pod, rayservice, server
+from synthia_vllm.deploy.kubernetes.pod import Object
+from synthia_vllm.deploy.sizing import Sizing, size
+from synthia_vllm.settings import Settings
+
+_KUSTOMIZE = "kustomize.config.k8s.io"
+
+
+def render_kubernetes(settings: Settings, vllm_options: list[str]) -> Files:
+    """Raises SetupError for settings that contradict one another or do not fit what `deploy` says of the machines."""
+    keda = settings.deploy.keda
+    sizing = size(settings, several=not keda)
+    overlay = f"kubernetes/overlays/{settings.deploy.name}"
+    files = {
+        **_folder("kubernetes/base", _base(settings)),
+        **_folder("kubernetes/components/monitoring", _monitoring(), component=True),
+        **_folder(overlay, _servers(settings, sizing, vllm_options)),
+    }
+    components = ["../../components/monitoring"]
+    if pod.needs_volume(sizing) and not sizing.model.startswith("/"):
+        files |= {
+            f"{overlay}/model.yaml": to_yaml(base.model_volume(sizing), base.model_job(settings, sizing)),
+        }
+    own = sorted(name.rpartition("/")[2] for name in files if name.startswith(f"{overlay}/"))
+    kustomization = {
+        "apiVersion": f"{_KUSTOMIZE}/v1beta1",
+        "kind": "Kustomization",
+        "namespace": settings.deploy.namespace,
+        "resources": ["../../base", *(name for name in own if name != "kustomization.yaml")],
+        "components": components,
+    }
+    return files | {f"{overlay}/kustomization.yaml": to_yaml(kustomization)}
+
+
+def _base(settings: Settings) -> dict[str, list[Object]]:
+    return {
+        "service-account.yaml": [base.service_account()],
+        "gateway.yaml": [base.gateway_service(settings)],
+        "network-policies.yaml": base.network_policies(settings),
+        "disruption-budgets.yaml": base.disruption_budgets(),
+    }
+
+
+def _monitoring() -> dict[str, list[Object]]:
+    return {"service-monitor.yaml": [base.service_monitor()], "prometheus-rule.yaml": [base.prometheus_rule()]}
+
+
+def _servers(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> dict[str, list[Object]]:
+    metrics = {"metrics.yaml": [base.metrics_service(settings)]}
+    if settings.deploy.keda:
+        return metrics | {
+            "config.yaml": [server.config_map(settings, sizing)],
+            "server.yaml": [server.deployment(settings, sizing, vllm_options)],
+            "scaled-object.yaml": [server.scaled_object(settings)],
+        }
+    return metrics | {"rayservice.yaml": [rayservice.ray_service(settings, sizing, vllm_options)]}
+
+
+def _folder(folder: str, objects: dict[str, list[Object]], *, component: bool = False) -> Files:
+    kind, version = ("Component", "v1alpha1") if component else ("Kustomization", "v1beta1")
+    kustomization = {"apiVersion": f"{_KUSTOMIZE}/{version}", "kind": kind, "resources": sorted(objects)}
+    files = {f"{folder}/{name}": to_yaml(*documents) for name, documents in objects.items()}
+    return files | {f"{folder}/kustomization.yaml": to_yaml(kustomization)}

@@ -1,0 +1,168 @@
+"""The Kubernetes overlays against the API's schemas, KubeRay's and the operators' own."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from cloudcoil.models.keda.v1alpha1 import ScaledObject
+from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
+
+from deploy.generate import FOLDER
+from synthia_vllm.cli.cluster import config_text
+from synthia_vllm.deploy.kubernetes.rayservice import in_pod
+from synthia_vllm.deploy.sizing import size
+from synthia_vllm.settings import load_settings
+from tests.deploy.kustomize import build
+from tests.deploy.rayservice import RayServiceSpec
+
+_VERSION = "1.34"
+OVERLAYS = sorted(path.name for path in (FOLDER / "kubernetes" / "overlays").iterdir())
+RAY = [name for name in OVERLAYS if name != "keda"]
+_CUSTOM: dict[str, Any] = {
+    "ServiceMonitor": ServiceMonitor,
+    "PrometheusRule": PrometheusRule,
+    "ScaledObject": ScaledObject,
+}
+Object = dict[str, Any]
+
+
+def objects(overlay: str) -> list[Object]:
+    return build(FOLDER / "kubernetes" / "overlays" / overlay)
+
+
+def of_kind(overlay: str, kind: str) -> list[Object]:
+    return [one for one in objects(overlay) if one["kind"] == kind]
+
+
+def ray_service(overlay: str) -> Object:
+    (found,) = of_kind(overlay, "RayService")
+    return found
+
+
+def templates(overlay: str) -> list[Object]:
+    """The pod templates of servers."""
+    if overlay == "keda":
+        return [one["spec"]["template"] for one in of_kind(overlay, "Deployment")]
+    cluster = ray_service(overlay)["spec"]["rayClusterConfig"]
+    return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_kustomize_builds_the_same(overlay: str) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    words = [kubectl, "kustomize", str(FOLDER / "kubernetes" / "overlays" / overlay)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if "unknown field" in done.stderr:
+        pytest.skip("a kubectl too old for components")
+    assert done.returncode == 0, done.stderr
+
+    def key(one: Object) -> tuple[str, str]:
+        return one["kind"], one["metadata"]["name"]
+
+    assert sorted(yaml.safe_load_all(done.stdout), key=key) == sorted(objects(overlay), key=key)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_api_takes_every_object(overlay: str) -> None:
+    for one in objects(overlay):
+        if one["kind"] in _CUSTOM:
+            model = _CUSTOM[one["kind"]].model_validate(one)
+            # These models let unknown fields fall: what is not there again was none.
+            assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == one
+        elif one["kind"] == "RayService":
+            RayServiceSpec.model_validate(one["spec"])
+        else:
+            kubernetes_validate.validate(one, _VERSION, strict=True)
+    for template in templates(overlay):
+        wrapped = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+        kubernetes_validate.validate(wrapped, _VERSION, strict=True)
+
+
+def test_every_preset_has_its_overlay() -> None:
+    assert [path.stem for path in sorted((FOLDER / "kubernetes" / "presets").iterdir())] == OVERLAYS
+    assert {"demo-cpu", "single-gpu", "multi-node-tp"} <= set(OVERLAYS)
+
+
+@pytest.mark.parametrize("overlay", RAY)
+def test_the_serve_config_is_what_cluster_config_prints(overlay: str) -> None:
+    settings = load_settings(["--config", str(FOLDER / "kubernetes" / "presets" / f"{overlay}.yaml")])
+    printed = config_text(in_pod(settings, size(settings)), [])
+    assert yaml.safe_load(ray_service(overlay)["spec"]["serveConfigV2"]) == yaml.safe_load(printed)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_have_no_rights_and_no_secrets_in_their_environment(overlay: str) -> None:
+    for template in templates(overlay):
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        for container in spec["containers"]:
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert not {variable["name"] for variable in container["env"]} & {
+                "SYNTHIA_ACCESS__SECRET",
+                "SYNTHIA_ACCESS__DATABASE",
+            }
+            mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+            assert mounts["/run/secrets/synthia"]["readOnly"] is True
+            assert {mount["name"] for mount in mounts.values()} <= {volume["name"] for volume in spec["volumes"]}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_servers_are_given_as_long_to_end_as_draining_takes(overlay: str) -> None:
+    settings = load_settings(["--config", str(FOLDER / "kubernetes" / "presets" / f"{overlay}.yaml")])
+    drain = settings.drain_timeout if overlay == "keda" else settings.cluster.drain_s
+    for template in templates(overlay):
+        assert template["spec"]["terminationGracePeriodSeconds"] > drain
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_services_and_budgets_select_pods_that_exist(overlay: str) -> None:
+    pods = [template["metadata"]["labels"] for template in templates(overlay)]
+    selectors = [one["spec"]["selector"] for one in of_kind(overlay, "Service")]
+    selectors += [one["spec"]["podSelector"]["matchLabels"] for one in of_kind(overlay, "NetworkPolicy")]
+    for selector in selectors:
+        assert any(selector.items() <= labels.items() for labels in pods), selector
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_only_the_gateways_port_is_open_to_all(overlay: str) -> None:
+    open_to_all = [
+        port["port"]
+        for policy in of_kind(overlay, "NetworkPolicy")
+        for rule in policy["spec"]["ingress"]
+        if "from" not in rule
+        for port in rule["ports"]
+    ]
+    assert open_to_all == [8000]
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "demo-cpu"])
+def test_the_job_fills_the_folder_that_the_servers_read(overlay: str) -> None:
+    (job,) = of_kind(overlay, "Job")
+    (fetch,) = job["spec"]["template"]["spec"]["containers"]
+    folder = fetch["command"][fetch["command"].index("--to") + 1]
+    told = (
+        of_kind(overlay, "ConfigMap")[0]["data"]["settings.yaml"]
+        if overlay == "keda"
+        else ray_service(overlay)["spec"]["serveConfigV2"]
+    )
+    assert f"model: {folder}\n" in told
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_rules_are_prometheus_own(overlay: str) -> None:
+    (rule,) = of_kind(overlay, "PrometheusRule")
+    files = sorted((FOLDER / "prometheus" / "rules").glob("*.yml"))
+    assert rule["spec"]["groups"] == [group for path in files for group in yaml.safe_load(path.read_text())["groups"]]
+
+
+def test_a_kustomization_that_is_not_understood_here_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("resources: []\nnamePrefix: x-\n")
+    with pytest.raises(ValueError, match="namePrefix"):
+        build(tmp_path)

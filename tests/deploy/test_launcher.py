@@ -1,0 +1,49 @@
+"""Ray's cluster launcher: its own schema, and the environment that nodes need."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from deploy.generate import FOLDER
+from synthia_vllm.cluster.config import check_environment, ray_environment
+from synthia_vllm.settings import load_settings
+
+_RAY = FOLDER / "ray"
+
+
+@pytest.mark.parametrize("name", ["on-premises.yaml", "aws.yaml"])
+def test_ray_accepts_the_cluster(name: str) -> None:
+    import ray.autoscaler
+
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(yaml.safe_load((_RAY / name).read_text()), schema)
+
+
+@pytest.mark.parametrize("name", ["on-premises.yaml", "aws.yaml"])
+def test_the_cloud_fills_in_the_rest(name: str) -> None:
+    """What `ray up` does before it asks the cloud for anything."""
+    from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+    config: dict[str, Any] = yaml.safe_load((_RAY / name).read_text())
+    filled = fillout_defaults(config)
+    validate_config(filled)
+
+
+def test_a_shell_reads_the_environment_that_replicas_ask_for() -> None:
+    settings = load_settings(["--config", str(_RAY / "example.yaml")])
+    words = ["sh", "-c", f"set -a; . {_RAY / 'ray.env'}; env -0"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True, env={}).stdout
+    found = dict(line.split("=", 1) for line in told.split("\0") if "=" in line)
+    assert {name: found[name] for name in ray_environment(settings)} == ray_environment(settings)
+    check_environment(settings, found)
+
+
+def test_serve_accepts_the_applications() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    ServeDeploySchema.model_validate(yaml.safe_load((_RAY / "serve.yaml").read_text()))

@@ -1,0 +1,79 @@
+"""The unit by systemd's own judgement."""
+
+import re
+import socket
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.generate import FOLDER
+from synthia_vllm.deploy.render import render
+from synthia_vllm.settings import Settings, load_settings
+from tests.deploy.tools import needed
+from tests.running import gateway
+
+_MOST = 30  # tenths: 3.0
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def unit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The unit on disk, with a program that is there in the place of ours."""
+    gpus = {"gpus_per_node": 1} if request.param == "gpu" else {}
+    settings = Settings(deploy=gpus)  # type: ignore[arg-type]
+    text = render("systemd", settings, ["--max-num-seqs", "64"])["systemd/synthia.service"]
+    path = tmp_path / "synthia.service"
+    path.write_text(text.replace("/opt/synthia/bin/synthia-vllm", "/bin/true"))
+    return path
+
+
+def test_systemd_accepts_the_unit(unit: Path) -> None:
+    words = [needed("systemd-analyze", "systemd"), "verify", "--recursive-errors=no", str(unit)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_its_exposure_is_low(unit: Path) -> None:
+    words = [needed("systemd-analyze", "systemd"), "security", "--offline=true", f"--threshold={_MOST}", str(unit)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-200:]
+    assert re.search(r"exposure level for synthia.service: [0-2]\.", done.stdout)
+
+
+def test_keys_are_asked_for_behind_the_proxy() -> None:
+    """All clients come from this machine's own address then."""
+    settings = load_settings(["--config", str(FOLDER / "systemd" / "settings.yaml")])
+    assert (settings.host, settings.access.mode) == ("127.0.0.1", "keys")
+
+
+def test_options_of_vllm_are_written_as_systemd_reads_them() -> None:
+    text = render("systemd", Settings(), ["--x", 'a b"c', "50%"])["systemd/synthia.service"]
+    assert 'serve -- --x "a b\\"c" 50%%\n' in text
+
+
+def test_the_settings_are_yaml_without_secrets() -> None:
+    told = yaml.safe_load((FOLDER / "systemd" / "settings.yaml").read_text())
+    assert set(told) == {"log_file", "access"}
+    assert set(told["access"]) == {"mode"}
+
+
+def test_a_gateway_tells_systemd_that_it_is_ready_alive_and_stopping(tmp_path: Path) -> None:
+    server = gateway(tmp_path, [], "--upstream", "http://127.0.0.1:9")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(30)
+        server.environment |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "400000"}
+        server.start()
+        try:
+            told = [manager.recv(100) for _ in range(3)]
+            assert sorted(told) == [b"READY=1", b"WATCHDOG=1", b"WATCHDOG=1"]
+        finally:
+            server.stop()
+        rest = []
+        manager.setblocking(False)
+        with suppress(BlockingIOError):
+            while True:
+                rest.append(manager.recv(100))
+        assert b"STOPPING=1" in rest
