@@ -234,6 +234,8 @@ def measure_group(
 def finish(recorder: Recorder, console: Console) -> None:
     """The report beside the file, and the summary."""
     from benchmarks.load.report import write_report
+    from benchmarks.load.run_file import write
+    from benchmarks.load.sizing.check import check
     from benchmarks.load.terminal import show
 
     run = recorder.run
@@ -241,6 +243,12 @@ def finish(recorder: Recorder, console: Console) -> None:
         console.print("nothing was measured", highlight=False)
         return
     show(run, Console())
+    try:
+        run = check(run)
+    except ValueError as error:
+        console.print(f"the simulator is not checked: {error}", highlight=False, markup=False)
+    else:
+        write(run, recorder.path)
     page = recorder.path.with_suffix(".html")
     write_report(run, page)
     console.print(f"written: {recorder.path} and {page}", highlight=False)

@@ -20,7 +20,7 @@ SYNTHIA = "migtissera/Synthia-v3.0-11B"
 DEMO = "demo"
 # Most tokens of one step. A core computes some hundreds of them a second, and all streams wait for the step: at vLLM's
 # 2048 a few prompts that come at once stop everybody for seconds. Matrices of 256 rows are as fast as larger ones.
-_CPU_BATCHED_TOKENS = 256
+CPU_BATCHED_TOKENS = 256
 # vLLM options that this has to agree with: who gives one decides.
 _CHOOSES_BATCH = ("--max-num-batched-tokens", "--max-num-seqs", "--no-enable-chunked-prefill")
 # Set in a process that started itself anew, so that it does so once even where the loader ignores LD_PRELOAD.
@@ -108,7 +108,7 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
 def _cpu_arguments(settings: Settings, extra: Sequence[str]) -> list[str]:
     arguments = [] if settings.engine.compile else ["--enforce-eager"]
     if not any(option.startswith(_CHOOSES_BATCH) for option in extra):
-        arguments += ["--max-num-batched-tokens", str(_CPU_BATCHED_TOKENS)]
+        arguments += ["--max-num-batched-tokens", str(CPU_BATCHED_TOKENS)]
     return arguments
 
 
