@@ -20,7 +20,12 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.lazy:
             return None
-        command = importlib.import_module(self.lazy[cmd_name][0]).command
+        try:
+            command = importlib.import_module(self.lazy[cmd_name][0]).command
+        except ModuleNotFoundError as error:
+            # In a wheel or an image without the benchmark's own packages.
+            cure = f"install synthia-vllm[bench], or run {ctx.command_path} in a checkout of the repository"
+            raise click.ClickException(f"{cmd_name} needs {error.name}, which is not installed; {cure}") from error
         assert isinstance(command, click.Command)
         return command
 
