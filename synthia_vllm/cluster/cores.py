@@ -36,6 +36,13 @@ def return_to_all_cores() -> None:
         _bind(psutil.Process(), _allowed())
 
 
+def bind_engine(cores: Set[int]) -> None:
+    """Moves the engine that this process has started, all its processes, to these cores. No cores: to all."""
+    if _CAN_BIND:
+        for child in psutil.Process().children(recursive=True):
+            _bind(child, cores or _allowed())
+
+
 def _allowed() -> set[int]:
     """The CPUs that this process may be bound to, whatever it is bound to now: its parent's, the raylet's."""
     return os.sched_getaffinity(os.getppid())

@@ -30,7 +30,7 @@ def worker() -> Iterator[int]:
 
 def where(code: str) -> set[int]:
     """The cores of a new process after it has run this."""
-    imports = "from synthia_vllm.cluster.cores import leave_busy_cores, return_to_all_cores, stay_on"
+    imports = "from synthia_vllm.cluster.cores import bind_engine, leave_busy_cores, return_to_all_cores, stay_on"
     report = "import os, sys; sys.stdout.write(','.join(map(str, os.sched_getaffinity(0))))"
     done = subprocess.run(
         [sys.executable, "-c", f"{imports}\n{code}\n{report}"], stdout=subprocess.PIPE, text=True, check=True
@@ -53,3 +53,10 @@ def test_its_share_is_counted_among_all_cores(worker: int) -> None:
 def test_what_it_starts_is_on_the_same_cores() -> None:
     again = "os.execv(sys.executable, [sys.executable, '-c', 'import os; print(*os.sched_getaffinity(0), sep=\",\")'])"
     assert where(f"stay_on({{{CORES[1]}}}); import os, sys; {again}") == {CORES[1]}
+
+
+def test_an_engine_moves_with_the_processes_it_has() -> None:
+    started = """import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)"""
+    seen = "seen = os.sched_getaffinity(child.pid); child.kill(); os.sched_setaffinity(0, seen)"
+    assert where(f"{started}\nbind_engine({{{CORES[1]}}})\n{seen}") == {CORES[1]}
