@@ -4,9 +4,10 @@ Checked on Ray 2.60.0 with vLLM 0.29.0; what is used of their insides is the app
 (`openai_serving_models`, `engine_client`), as vLLM's own middleware uses it.
 """
 
+import asyncio
 import os
 
-from synthia_vllm.cluster.cores import bind_engine, leave_busy_cores, return_to_all_cores, stay_on
+from synthia_vllm.cluster.cores import leave_busy_cores, make_room, return_to_all_cores, stay_on
 from synthia_vllm.engine.plugin import ENGINE_VARIABLE
 
 if os.environ.get(ENGINE_VARIABLE):  # in a replica, not where one is planned; importing vLLM is most of its start
@@ -43,7 +44,6 @@ class Engine(LLMServer):  # type: ignore[misc]
         self._settings = Settings(**own["settings"])
         self._names = [own["name"], *(alias for alias in MODEL_ALIASES if alias != own["name"])]
         self._cpus: str | None = None  # of our share, where we have bound the engine to it
-        self._seat = _seat()
         if own["shares_machine"]:
             stay_on(set())  # what the share is of
             self._take_share(llm_config, keep_cache=own["keeps_cache"])
@@ -65,21 +65,8 @@ class Engine(LLMServer):  # type: ignore[misc]
 
     async def check_health(self) -> None:
         await super().check_health()
-        self._keep_to_share()
-
-    def _keep_to_share(self) -> None:
-        """Moves the engine when the number of replicas has changed, Serve's next health check after that.
-
-        Else one that had the machine to itself would go on with a thread on each core, and every step wait for the
-        thread that shares its core with a newcomer: ten times slower. It keeps its number of threads.
-        """
-        if self._cpus is None or _seat() == self._seat:
-            return
-        self._seat = _seat()
-        cpus = machine_share(self._settings).cpus
-        if cpus != self._cpus:
-            self._cpus = cpus
-            bind_engine(_cores(cpus))
+        if self._cpus is not None:
+            await asyncio.to_thread(make_room, _cores(self._cpus))
 
     def _take_share(self, llm_config: LLMConfig, *, keep_cache: bool) -> None:
         """Replicas on one machine without GPUs divide its cores and its memory; else each would plan to use all."""
@@ -97,12 +84,6 @@ class Engine(LLMServer):  # type: ignore[misc]
             context = engine.max_model_len or geometry.context
             cache = choose_kv_bytes(geometry, context, machine, engine.kv_cache_gib)
             llm_config.update_engine_kwargs(kv_cache_memory_bytes=cache)
-
-
-def _seat() -> tuple[int, int]:
-    """Rank on this machine and number of replicas, which Serve keeps up to date."""
-    context = serve.get_replica_context()
-    return context.rank.local_rank, context.world_size
 
 
 def _cores(cpus: str) -> set[int]:

@@ -30,7 +30,7 @@ def worker() -> Iterator[int]:
 
 def where(code: str) -> set[int]:
     """The cores of a new process after it has run this."""
-    imports = "from synthia_vllm.cluster.cores import bind_engine, leave_busy_cores, return_to_all_cores, stay_on"
+    imports = "from synthia_vllm.cluster.cores import leave_busy_cores, make_room, return_to_all_cores, stay_on"
     report = "import os, sys; sys.stdout.write(','.join(map(str, os.sched_getaffinity(0))))"
     done = subprocess.run(
         [sys.executable, "-c", f"{imports}\n{code}\n{report}"], stdout=subprocess.PIPE, text=True, check=True
@@ -55,8 +55,25 @@ def test_what_it_starts_is_on_the_same_cores() -> None:
     assert where(f"stay_on({{{CORES[1]}}}); import os, sys; {again}") == {CORES[1]}
 
 
-def test_an_engine_moves_with_the_processes_it_has() -> None:
-    started = """import os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)"""
-    seen = "seen = os.sched_getaffinity(child.pid); child.kill(); os.sched_setaffinity(0, seen)"
-    assert where(f"{started}\nbind_engine({{{CORES[1]}}})\n{seen}") == {CORES[1]}
+ENGINE = """import os, subprocess, sys
+engine = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+"""
+SEEN = """
+seen = os.sched_getaffinity(engine.pid)
+engine.kill()
+os.sched_setaffinity(0, seen)
+"""
+
+
+def test_an_engine_makes_room_for_a_newcomer(worker: int) -> None:
+    assert where(f"{ENGINE}make_room(set(), 'null::Worker'){SEEN}") == set(CORES) - {worker}
+
+
+def test_an_engine_whose_only_core_is_shared_stays(worker: int) -> None:
+    code = f"{ENGINE}os.sched_setaffinity(engine.pid, {{{worker}}})\nmake_room({{{worker}}}, 'null::Worker'){SEEN}"
+    assert where(code) == {worker}
+
+
+def test_an_engine_takes_its_cores_back() -> None:
+    code = f"{ENGINE}os.sched_setaffinity(engine.pid, {{{CORES[0]}}})\nmake_room(set(), 'null::Worker'){SEEN}"
+    assert where(code) == set(CORES)
