@@ -39,7 +39,7 @@ from synthia_vllm.eval.benchmarks import NAMES, chosen
     "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder of the results [default: eval/TIME]."
 )
 @click.pass_obj
-def command(words: list[str] | None, **options: Any) -> None:
+def command(words: list[str] | None, /, **options: Any) -> None:
     """Ask lm-evaluation-harness's questions and write the model card's table.
 
     An interrupted run goes on where it stopped when the same command is given again. Without --url, options after `--`

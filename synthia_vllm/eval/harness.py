@@ -66,7 +66,6 @@ def evaluate(
                 use_cache=str(cache),
                 limit=limit,
                 apply_chat_template=format == "chat",
-                bootstrap_iters=1000,
             )
         except aiohttp.ClientResponseError as error:
             raise SetupError(

@@ -12,13 +12,13 @@ from synthia_vllm.eval.benchmarks import Benchmark
 
 @dataclass(frozen=True)
 class Score:
-    """One line of the table. Shares of 1; `stderr` is the harness's own."""
+    """One line of the table. Shares of 1; `stderr` is the harness's own, None for a single question."""
 
     task: str
     metric: str
     shots: int
     value: float
-    stderr: float
+    stderr: float | None
     questions: int
 
 
@@ -52,7 +52,7 @@ def read_scores(benchmarks: Sequence[Benchmark], results: Mapping[str, Any]) -> 
             benchmark.card_metric,
             benchmark.shots,
             float(results["results"][benchmark.task][f"{benchmark.metric},none"]),
-            float(results["results"][benchmark.task][f"{benchmark.metric}_stderr,none"]),
+            _number(results["results"][benchmark.task][f"{benchmark.metric}_stderr,none"]),
             _questions(benchmark.task, results),
         )
         for benchmark in benchmarks
@@ -62,7 +62,7 @@ def read_scores(benchmarks: Sequence[Benchmark], results: Mapping[str, Any]) -> 
 def markdown(evaluation: Evaluation) -> str:
     """The card's table with a column for the standard error, and how it was measured."""
     lines = ["|||||", "|:------:|:--------:|:-------:|:-------:|", "|**Task**|**Metric**|**Value**|**Std. error**|"]
-    lines += [f"|*{s.task}*|{s.metric}|{s.value:.4f}|{s.stderr:.4f}|" for s in evaluation.scores]
+    lines += [f"|*{s.task}*|{s.metric}|{s.value:.4f}|{_text(s.stderr)}|" for s in evaluation.scores]
     if evaluation.average is not None:
         lines.append(f"|**Total Average**|-|{evaluation.average:.4f}||")
     return "\n".join([*lines, "", caption(evaluation), ""])
@@ -73,7 +73,7 @@ def terminal(evaluation: Evaluation) -> Table:
     table.add_column("value", justify="right")
     table.add_column("std. error", justify="right")
     for score in evaluation.scores:
-        cells = (str(score.shots), score.metric, str(score.questions), f"{score.value:.4f}", f"{score.stderr:.4f}")
+        cells = (str(score.shots), score.metric, str(score.questions), f"{score.value:.4f}", _text(score.stderr))
         table.add_row(score.task, *cells)
     if evaluation.average is not None:
         table.add_section()
@@ -97,3 +97,12 @@ def _questions(task: str, results: Mapping[str, Any]) -> int:
     if task in counts:
         return int(counts[task]["effective"])
     return sum(_questions(name, results) for name in below or ())
+
+
+def _number(value: Any) -> float | None:
+    """The harness writes "N/A" for what it does not know."""
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
