@@ -28,7 +28,7 @@ SPECULATION: Mapping[str, Sequence[Any]] = {
     ),
 }
 # Knobs for a look at the search where there is no GPU.
-CPU_KNOBS: Mapping[str, Sequence[Any]] = {"max_num_seqs": (4, 64)}
+CPU_KNOBS: Mapping[str, Sequence[Any]] = {"max_num_seqs": (64,)}
 
 
 @dataclass(frozen=True)
