@@ -70,11 +70,22 @@ def main(model: str, tasks: str, data: Path | None, limit: int | None, format: A
         },
     }
     output.write_text(json.dumps(report, indent=1) + "\n")
-    console.print_json(data=report["summary"])
+    console.print(markdown(report), highlight=False, markup=False)
     agree = all(
         abs(a.value - b.value) < 0.01 for a, b in zip(ours.scores, read_scores(benchmarks, theirs), strict=True)
     )
     sys.exit(0 if max(differences) <= ALLOWED and agree else 1)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The table that the README quotes."""
+    summary = report["summary"]
+    lines = ["| figure | over HTTP | `hf` backend |", "|---|---|---|"]
+    for task, value in summary["scores, ours"].items():
+        lines.append(f"| {task} | {value:.4f} | {summary['scores, hf'][task]:.4f} |")
+    lines.append(f"| log-likelihoods compared | {summary['log-likelihoods']} | |")
+    lines.append(f"| largest difference | {summary['largest difference']} | |")
+    return "\n".join(lines)
 
 
 def hf_results(

@@ -1,6 +1,6 @@
 """One command for a machine with an NVIDIA GPU and no network.
 
-    python -m benchmarks.gpu            everything: about two hours on an H200
+    python -m benchmarks.gpu            everything
     python -m benchmarks.gpu measure    only the figures
     python -m benchmarks.gpu tune       only the search for a profile
 
