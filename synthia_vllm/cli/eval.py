@@ -33,7 +33,7 @@ from synthia_vllm.eval.benchmarks import NAMES, chosen
     show_default=True,
     help="plain: as the leaderboard; chat: in the Synthia format.",
 )
-@click.option("--concurrency", type=click.IntRange(1, 1024), default=32, show_default=True, help="Requests at once.")
+@click.option("--concurrency", type=click.IntRange(2, 1024), default=32, show_default=True, help="Requests at once.")
 @click.option("--fresh", is_flag=True, help="Ask everything again: the answers of earlier runs are thrown away.")
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), help="Folder of the results [default: eval/TIME]."

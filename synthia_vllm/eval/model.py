@@ -19,6 +19,8 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
 
     Special tokens are the tokenizer's own business there, and so here. In the format `chat` a prompt is what the card's
     format makes of the messages, again as token ids: the server's chat route has no log-likelihoods of a prompt.
+
+    `concurrency` is at least 2: with 1 the harness takes another client, with other errors.
     """
 
     def __init__(self, endpoint: Endpoint, *, concurrency: int) -> None:
@@ -27,8 +29,7 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]
             model=endpoint.model,
             tokenizer=endpoint.tokenizer,
             tokenizer_backend="huggingface",
-            # One request at a time would go another way through the harness, without its partial cache.
-            num_concurrent=max(2, concurrency),
+            num_concurrent=concurrency,
             max_length=endpoint.max_length,
             max_retries=_RETRIES,
             timeout=_TIMEOUT_S,
