@@ -48,10 +48,16 @@ def test_a_batch_of_prompts_is_echoed_with_log_probabilities(
         assert all(value <= 0 for value in told[1:])
 
 
-def test_neither_template_nor_default_stops_touch_a_completion(client: httpx.Client, prompts: list[list[int]]) -> None:
+def test_no_template_touches_a_completion(client: httpx.Client, prompts: list[list[int]]) -> None:
     (choice,) = complete(client, prompt=prompts[:1], max_tokens=1, return_token_ids=True)
     assert choice["prompt_token_ids"] == prompts[0]
-    assert choice["text"].startswith("USER: Which is larger?\nUSER: the Sun")
+
+
+def test_no_default_stop_ends_a_completion(client: httpx.Client) -> None:
+    body = {"model": "synthia", "prompt": "USER: one\n" * 12, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert "USER:" in choice["text"]
 
 
 def test_a_prompt_alone_and_in_a_batch_has_the_same_log_probabilities(
@@ -72,10 +78,10 @@ def test_the_harness_scores_the_server(server: RunningServer, tmp_path: Path, fo
         chosen(["truthfulqa_mc2"]),
         format=format,
         concurrency=8,
-        limit=3,
+        limit=2,
         data=DATA,
         cache=tmp_path / "cache",
     )
     (score,) = found.scores
-    assert score.questions == 3
+    assert score.questions == 2
     assert 0 < score.value < 1
