@@ -63,7 +63,8 @@ def started(model: str | None, words: Sequence[str], log: Path) -> Iterator[str]
     command += ["--no-page", *(["--model", model] if model else []), *words]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+        # A group, so that Ctrl-C is for us alone; no session: Linux' autogroups would make us wait for busy workers.
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, process_group=0)
     try:
         yield _wait(process, log)
     finally:
