@@ -9,9 +9,12 @@ in turn, and ratios are taken part by part.
 import itertools
 import json
 import logging
+import signal
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,7 @@ CONCURRENCY = 32
 def main(count: int, parts: int, data: Path, model: str | None, output: Path) -> None:
     """Send the same requests to both and compare."""
     console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     plan = plan_of({"model": model, "kv_cache_gib": 1.0, "replicas": 1})
     with tempfile.TemporaryDirectory(prefix="synthia-eval-speed-") as name:
@@ -64,14 +68,15 @@ def main(count: int, parts: int, data: Path, model: str | None, output: Path) ->
                 if up.target is None:
                     raise click.ClickException(f"{up.server.name}: {up.server.missing}")
                 targets[up.server.name] = up.target
-            seconds = measure(targets, asked, parts, plan.engine.model, say)
-    report = {
-        "machine": machine(),
-        "versions": {"synthia-vllm": __version__, "lm-eval": require_harness()},
-        "options": {"requests": len(asked), "concurrency": CONCURRENCY, "parts": parts, "model": plan.engine.name},
-        "seconds": seconds,
-    }
-    output.write_text(json.dumps(report, indent=1) + "\n")
+            report: dict[str, Any] = {
+                "machine": machine(),
+                "versions": {"synthia-vllm": __version__, "lm-eval": require_harness()},
+                "options": {"each": len(asked) // parts, "concurrency": CONCURRENCY, "model": plan.engine.name},
+            }
+            for seconds in measure(targets, asked, parts, plan.engine.model, say):
+                # After every pair: an interruption loses one.
+                output.write_text(json.dumps(report | {"seconds": seconds}, indent=1) + "\n")
+    report |= {"seconds": seconds}
     console.print(markdown(report), highlight=False, markup=False)
 
 
@@ -91,8 +96,8 @@ def instances(data: Path, count: int, folder: Path) -> list[Any]:
 
 def measure(
     targets: dict[str, Target], asked: list[Any], parts: int, tokenizer: str, say: Any
-) -> dict[str, list[float]]:
-    """Seconds of each part at each server, first one and then the other going first."""
+) -> Iterator[dict[str, list[float]]]:
+    """Seconds of the parts so far at each server, after each pair; first one and then the other goes first."""
     from synthia_vllm.eval.model import Completions
 
     clients = {
@@ -112,12 +117,12 @@ def measure(
             clients[name].loglikelihood(asked[part * each : (part + 1) * each], disable_tqdm=True)
             seconds[name].append(round(time.perf_counter() - began, 3))
             say(f"part {part + 1} of {parts}: {name}: {each / seconds[name][-1]:.1f} requests/s")
-    return seconds
+        yield seconds
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The table that the README quotes."""
-    seconds, each = report["seconds"], report["options"]["requests"] // report["options"]["parts"]
+    seconds, each = report["seconds"], report["options"]["each"]
     rates = {name: each / statistics.median(found) for name, found in seconds.items()}
     ratios = [plain / ours for ours, plain in zip(seconds[OURS], seconds[PLAIN], strict=True)]
     told = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
