@@ -60,6 +60,9 @@ lock: $(BIN)/python ## Make the lock files from pyproject.toml; UPGRADE= keeps t
 	$(BIN)/uv pip compile pyproject.toml --extra dev --extra bench --quiet --no-annotate $(UPGRADE) \
 	  --constraint requirements/cpu.txt --custom-compile-command "make lock" --no-emit-index-url \
 	  -o requirements/dev.txt
+	$(BIN)/uv pip compile pyproject.toml --extra eval --quiet --no-annotate $(UPGRADE) \
+	  --constraint requirements/cpu.txt --constraint requirements/dev.txt \
+	  --custom-compile-command "make lock" --no-emit-index-url -o requirements/eval.txt
 
 clean: ## Remove the environment and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -77,7 +80,7 @@ $(INSTALLED): requirements/$(ENGINE).txt pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(INSTALLED_DEV): requirements/dev.txt $(INSTALLED)
+$(INSTALLED_DEV): requirements/dev.txt requirements/eval.txt $(INSTALLED)
 	@echo "Installing the test tools"
-	@$(BIN)/pip install --quiet --no-deps --requirement requirements/dev.txt
+	@$(BIN)/pip install --quiet --no-deps --requirement requirements/dev.txt --requirement requirements/eval.txt
 	@touch $@

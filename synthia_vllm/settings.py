@@ -70,6 +70,13 @@ class EngineSettings(BaseModel):
     tensor_parallel_size: Annotated[
         PositiveInt | None, Field(description="GPUs that share the model (default: as many as divide its heads)")
     ] = None
+    profile: Annotated[
+        str,
+        Field(
+            description="measured vLLM options: auto (those of this GPU and model, if any), none, a name or a "
+            "file; what is given after -- wins"
+        ),
+    ] = "auto"
     compile: Annotated[
         bool, Field(description="torch.compile on a CPU: about a minute more to start, a little faster at few streams")
     ] = False

@@ -72,8 +72,8 @@ class Queue:
         mask = torch.LongTensor([[0] * (length - len(job.prompt)) + [1] * len(job.prompt) for job in jobs])
         with torch.no_grad():
             rest = self._model.generate(
-                input_ids=padded,
-                attention_mask=mask,
+                input_ids=padded.to(self._model.device),
+                attention_mask=mask.to(self._model.device),
                 max_length=length + tokens,
                 min_new_tokens=tokens,  # what `ignore_eos` is to vLLM
                 use_cache=True,
@@ -87,7 +87,8 @@ def load(folder: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
 
 
 def application(model: Any) -> Starlette:

@@ -25,6 +25,7 @@ from benchmarks.load.processes import RunningServer, running
 from benchmarks.load.run_file import Server
 from synthia_vllm import __version__
 from synthia_vllm.engine.arguments import EnginePlan
+from synthia_vllm.engine.vllm_seams import server_module
 from synthia_vllm.errors import SynthiaError
 
 Group = Literal["machine", "cluster"]
@@ -33,7 +34,6 @@ Say = Callable[[str], None]
 CONTEXT = 2048
 # What each of llama.cpp's slots holds: it divides its context evenly among them, before anyone asks.
 SLOTS, SLOT_CONTEXT = 64, 1024
-_VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"
 
 TITLES: Mapping[str, str] = {
     "card": "the card's script, one request at a time",
@@ -94,7 +94,7 @@ def machine_peers(plan: Plan) -> list[Peer]:
     """How each server of the group `machine` is started."""
     python, folder = sys.executable, plan.engine.model
     card = [python, "-m", "benchmarks.load.card_server", "--model", folder]
-    plain = [python, "-m", _VLLM_SERVER, "--model", folder, "--served-model-name", plan.engine.name]
+    plain = [python, "-m", server_module(), "--model", folder, "--served-model-name", plan.engine.name]
     plain += ["--max-model-len", str(CONTEXT), "--kv-cache-memory-bytes", str(int(plan.kv_cache_gib * 2**30))]
     ours = [python, "-m", "synthia_vllm", "serve", "--model", plan.model, "--log-file", "-"]
     ours += ["--engine.max-model-len", str(CONTEXT), "--engine.kv-cache-gib", str(plan.kv_cache_gib)]
@@ -105,7 +105,11 @@ def machine_peers(plan: Plan) -> list[Peer]:
         Peer("card-batched", card, package="transformers", path="/batched", limited=True),
         Peer("vllm-default", [*plain, "--enforce-eager"], package=vllm),
         Peer(
-            "vllm-tuned", [python, "-m", _VLLM_SERVER, *plan.engine.arguments], plan.engine.environment, vllm, chat=True
+            "vllm-tuned",
+            [python, "-m", server_module(), *plan.engine.arguments],
+            plan.engine.environment,
+            vllm,
+            chat=True,
         ),
         llama_cpp(plan.model),
         Peer("ours", ours, package="synthia-vllm", chat=True),

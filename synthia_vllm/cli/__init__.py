@@ -21,6 +21,7 @@ COMMANDS = {
     "top": ("synthia_vllm.cli.top", "Watch a running server: replicas, users, tokens a second, latencies."),
     "bench": ("synthia_vllm.cli.bench", "Measure: throughput, latency, fairness, limits; against other servers."),
     "deploy": ("synthia_vllm.cli.deploy", "Write files for Kubernetes, Compose, Ray's launcher or systemd."),
+    "eval": ("synthia_vllm.cli.eval", "The model card's evaluation table, by lm-evaluation-harness."),
     "doctor": ("synthia_vllm.cli.doctor", "Tell what would stop or slow down `serve` on this machine."),
 }
 

@@ -54,6 +54,8 @@ def serve(settings: Settings, vllm_options: list[str]) -> int:
             seconds = startup.stop()
             console.print(ready_text(settings, port, plan.name, seconds, log), highlight=False, markup=False)
 
+        if plan.profile:
+            console.print(f"profile {plan.profile}", highlight=False, markup=False)
         startup.start()
         try:
             return run(settings, plan, sock, ready)

@@ -10,8 +10,9 @@ from pathlib import Path
 from synthia_vllm.engine.demo import NAME as DEMO_NAME
 from synthia_vllm.engine.demo import demo_model
 from synthia_vllm.engine.hardware import Machine, preload_libraries
-from synthia_vllm.engine.memory import check_gpu_memory, choose_kv_bytes, read_geometry
+from synthia_vllm.engine.memory import check_gpu_memory, choose_kv_bytes, read_config, read_geometry
 from synthia_vllm.engine.plugin import ENGINE_VARIABLE
+from synthia_vllm.engine.profiles import Profile, choose_profile
 from synthia_vllm.errors import SetupError
 from synthia_vllm.prompt import MAX_CLIENT_STOPS, MODEL_ALIASES, STOP_STRINGS, template_path
 from synthia_vllm.settings import Settings
@@ -35,6 +36,7 @@ class EnginePlan:
     name: str  # what the model is served as, beside the aliases
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    profile: str | None = None  # the one whose options are among the arguments, and which these are
 
     def apply_environment(self) -> None:
         """Sets the environment for vLLM's processes. They are spawned, so even LD_PRELOAD takes effect in them."""
@@ -83,6 +85,7 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         arguments += ["--otlp-traces-endpoint", settings.tracing.otlp_endpoint]
         environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = settings.tracing.protocol
     geometry = read_geometry(model, settings.engine.dtype)
+    profile = choose_profile(settings.engine.profile, machine, read_config(model))
     if geometry:
         context = settings.engine.max_model_len or geometry.context
         if context > geometry.context:
@@ -91,7 +94,7 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         gpus = settings.engine.tensor_parallel_size or _most_gpus(len(machine.gpus), geometry.heads if geometry else 1)
         if gpus > len(machine.gpus):
             raise SetupError(f"--engine.tensor-parallel-size {gpus}: this machine has {len(machine.gpus)} GPU(s)")
-        if geometry:
+        if geometry and not _smaller_weights(profile, extra):
             check_gpu_memory(geometry, context, machine, gpus)
         arguments += ["--tensor-parallel-size", str(gpus), "--enable-prefix-caching"]
         if settings.engine.kv_cache_gib:
@@ -100,9 +103,12 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         if geometry:
             kv_bytes = choose_kv_bytes(geometry, context, machine, settings.engine.kv_cache_gib)
             arguments += ["--kv-cache-memory-bytes", str(kv_bytes)]
-        arguments += _cpu_arguments(settings, extra)
+        own = profile.arguments(extra) if profile else []
+        arguments += _cpu_arguments(settings, [*own, *extra])
         environment |= cpu_environment()
-    return EnginePlan(model, name, [*arguments, *extra], environment)
+    taken = profile.arguments([*arguments, *extra]) if profile else []
+    told = f"{profile.name}: {' '.join(taken) or 'nothing that was not given'}" if profile else None
+    return EnginePlan(model, name, [*arguments, *taken, *extra], environment, told)
 
 
 def _cpu_arguments(settings: Settings, extra: Sequence[str]) -> list[str]:
@@ -110,6 +116,11 @@ def _cpu_arguments(settings: Settings, extra: Sequence[str]) -> list[str]:
     if not any(option.startswith(_CHOOSES_BATCH) for option in extra):
         arguments += ["--max-num-batched-tokens", str(CPU_BATCHED_TOKENS)]
     return arguments
+
+
+def _smaller_weights(profile: Profile | None, extra: Sequence[str]) -> bool:
+    """Quantized while they are loaded: the files' size says too much."""
+    return "--quantization" in extra or (profile is not None and "quantization" in profile.options)
 
 
 def cpu_environment() -> dict[str, str]:

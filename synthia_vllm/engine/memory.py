@@ -45,6 +45,19 @@ def read_geometry(model: str, dtype: str = "auto") -> Geometry | None:
     return _hub_geometry(model, dtype)
 
 
+def read_config(model: str) -> dict[str, Any] | None:
+    """A model's config.json, of a folder or of a hub id that `read_geometry` found; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = Path(model, "config.json") if Path(model).is_dir() else try_to_load_from_cache(model, "config.json")
+        config = json.loads(Path(file).read_text()) if isinstance(file, str | Path) else None
+    except (OSError, ValueError, HFValidationError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
 def choose_kv_bytes(geometry: Geometry, context: int, machine: Machine, wanted_gib: float | None) -> int:
     """KV cache for a CPU in bytes: what was asked for, else half of what is free beside the weights.
 

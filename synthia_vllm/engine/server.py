@@ -1,7 +1,6 @@
 """One machine: vLLM's engine and its own FastAPI app, behind our layers, in one process.
 
-The private part of vLLM that this needs (`build_async_engine_client`, `build_app`, `init_app_state`, the argument
-parser, and the figures of the KV cache) was checked on 0.29.0; `tests/engine/test_vllm_seams.py` fails when it moves.
+The private part of vLLM that this needs is found by `vllm_seams`; so are the versions it was checked on.
 """
 
 import asyncio
@@ -13,6 +12,7 @@ from typing import Any
 
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.tokens import bos_lead, token_counter
+from synthia_vllm.engine.vllm_seams import find
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.fair.room import Capacity
 from synthia_vllm.gateway.listener import DrainingServer
@@ -55,11 +55,8 @@ async def _serve(settings: Settings, plan: EnginePlan, sock: socket.socket, on_r
 @contextlib.asynccontextmanager
 async def engine_app(args: Any) -> AsyncGenerator[tuple[Any, Any], None]:
     """A running engine and vLLM's FastAPI app over it, from vLLM's parsed arguments. Ends the engine's processes."""
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-    from vllm.entrypoints.launchers.app import build_app
-
-    async with build_async_engine_client(args) as engine:
+    build_app, init_app_state = find("build_app"), find("init_app_state")
+    async with find("build_async_engine_client")(args) as engine:
         tasks = await engine.get_supported_tasks()
         template = {"bos_lead": bos_lead(await _tokenizer(engine))}
         args.default_chat_template_kwargs = template | (args.default_chat_template_kwargs or {})
@@ -70,11 +67,11 @@ async def engine_app(args: Any) -> AsyncGenerator[tuple[Any, Any], None]:
 
 def parse_arguments(arguments: list[str]) -> Any:
     """vLLM's own parser over a command line. Exits with status 2 and vLLM's message for an option it has not."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser(prog="synthia-vllm serve -- (vLLM's options)")).parse_args(arguments)
-    validate_parsed_serve_args(args)
+    parser = FlexibleArgumentParser(prog="synthia-vllm serve -- (vLLM's options)")
+    args = find("make_arg_parser")(parser).parse_args(arguments)
+    find("validate_parsed_serve_args")(args)
     return args
 
 

@@ -1,12 +1,13 @@
 """Fails when a part of vLLM that we use without its promise has moved. Checked on 0.29.0."""
 
-import importlib
 import importlib.metadata
 import inspect
 
 import pytest
 
+from synthia_vllm.engine import vllm_seams
 from synthia_vllm.engine.startup import _PHASES
+from synthia_vllm.engine.vllm_seams import find
 
 
 def test_version_is_the_one_that_was_checked() -> None:
@@ -20,17 +21,31 @@ def test_version_is_the_one_that_was_checked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "parameters"),
+    ("name", "parameters"),
     [
-        ("vllm.entrypoints.launchers.api_server.entry", "build_async_engine_client", ["args"]),
-        ("vllm.entrypoints.launchers.app", "build_app", ["args", "supported_tasks", "model_config"]),
-        ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", ["engine_client", "state", "args"]),
-        ("vllm.entrypoints.launchers.cli_args", "make_arg_parser", ["parser"]),
+        ("build_async_engine_client", ["args"]),
+        ("build_app", ["args", "supported_tasks", "model_config"]),
+        ("init_app_state", ["engine_client", "state", "args"]),
+        ("make_arg_parser", ["parser"]),
+        ("validate_parsed_serve_args", ["args"]),
     ],
 )
-def test_what_the_server_calls_is_where_it_was(module: str, name: str, parameters: list[str]) -> None:
-    found = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+def test_what_the_server_calls_is_where_it_was(name: str, parameters: list[str]) -> None:
+    found = inspect.signature(find(name)).parameters
     assert [parameter for parameter in found if parameter in parameters] == parameters
+
+
+@pytest.mark.parametrize(
+    ("version", "module"),
+    [
+        ("0.25.1", "vllm.entrypoints.openai.api_server"),
+        ("0.29.0", "vllm.entrypoints.launchers.api_server.entry"),
+        ("0.30.0+cu130", "vllm.entrypoints.launchers.api_server.entry"),
+    ],
+)
+def test_the_place_goes_by_the_version(monkeypatch: pytest.MonkeyPatch, version: str, module: str) -> None:
+    monkeypatch.setattr(vllm_seams, "installed_vllm", lambda: version)
+    assert vllm_seams.server_module() == module
 
 
 def test_phases_are_named_once() -> None:

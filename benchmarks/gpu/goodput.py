@@ -1,0 +1,41 @@
+"""The highest rate of an open loop at which p99 TTFT and p99 ITL hold: what the tuner makes greater."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.load.client import Target
+from benchmarks.load.measuring import Terms, measure
+from benchmarks.load.prompts import Span
+from benchmarks.load.run_file import Measurement
+from benchmarks.load.slo import Search, bisect
+from benchmarks.load.workloads import OpenLoop
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The SLO, and how long and how finely a rate is looked for."""
+
+    ttft_ms: float = 450.0
+    itl_ms: float = 40.0
+    seconds: float = 20.0
+    trials: int = 3
+    precision: float = 0.05
+    prompt: Span = Span(256, 256)  # noqa: RUF009
+    output: Span = Span(128, 128)  # noqa: RUF009
+    most: float = 1000.0
+
+
+async def goodput(
+    target: Target, name: str, objective: Objective, start: float, say: Callable[[str], None], seed: int = 1
+) -> float:
+    """Requests a second; 0 where not even one request in `seconds` meets the SLO."""
+    terms = Terms(seed)
+
+    async def run(rate: float, number: int) -> Measurement:
+        load = OpenLoop(rate, objective.seconds, objective.prompt, objective.output)
+        return await measure(target, load, terms, server=name, number=number)
+
+    search = Search(run, objective.ttft_ms, objective.itl_ms, objective.trials, lambda text: say(f"{name}: {text}"))
+    least = 1 / objective.seconds
+    low, _ = await bisect(search.holds, max(start, least), objective.precision, least, objective.most)
+    return low or 0.0

