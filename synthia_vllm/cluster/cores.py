@@ -40,7 +40,7 @@ def make_room(share: Set[int], worker: str = _WORKER) -> None:
     """Moves the engine that this process has started off those cores of its share that others are bound to.
 
     An empty share is all cores. To call now and then: replicas come and go. One that has the machine to itself has a
-    thread on each core, and every step would wait for the thread that shares its core with a newcomer: ten times slower.
+    thread on each core, and every step would wait for the one that shares its core with a newcomer: ten times slower.
     It keeps its number of threads.
     """
     if not _CAN_BIND:
