@@ -147,10 +147,9 @@ def _ask(image: Root) -> None:
     for name, mode in (("tmp", "1777"), ("data", "0700")):
         options = f"mode={mode},uid={user},gid={user}"
         subprocess.run(["mount", "--types", "tmpfs", "--options", options, "tmpfs", f"{path}/{name}"], check=True)
-    for name in ("proc", "dev"):  # the bind above hid them
-        if not any((image.path / name).iterdir()):
-            source = ["--types", "proc", "proc"] if name == "proc" else ["--rbind", "/dev"]
-            subprocess.run(["mount", *source, f"{path}/{name}"], check=True)
+    # The bind above hid them. /dev/shm comes along, where vLLM's processes meet.
+    subprocess.run(["mount", "--types", "proc", "proc", f"{path}/proc"], check=True)
+    subprocess.run(["mount", "--rbind", "/dev", f"{path}/dev"], check=True)
     (port,) = free_ports(1)
     # This machine's address only, where no key is asked for.
     words = [*image.entry, "serve", "--port", str(port), "--log-file", "-", "--engine.max-model-len", "1024"]
