@@ -147,8 +147,9 @@ def _ask(image: Root) -> None:
     for name, mode in (("tmp", "1777"), ("data", "0700")):
         options = f"mode={mode},uid={user},gid={user}"
         subprocess.run(["mount", "--types", "tmpfs", "--options", options, "tmpfs", f"{path}/{name}"], check=True)
-    # The bind above hid them. /dev/shm comes along, where vLLM's processes meet.
+    # What a container has. /dev/shm comes along, where vLLM's processes meet, and vLLM reads the cores from /sys.
     subprocess.run(["mount", "--types", "proc", "proc", f"{path}/proc"], check=True)
+    subprocess.run(["mount", "--types", "sysfs", "--options", "ro", "sysfs", f"{path}/sys"], check=True)
     subprocess.run(["mount", "--rbind", "/dev", f"{path}/dev"], check=True)
     (port,) = free_ports(1)
     # This machine's address only, where no key is asked for.
