@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,11 +20,6 @@ from synthia_vllm.settings import Settings
 
 SYNTHIA = "migtissera/Synthia-v3.0-11B"
 DEMO = "demo"
-# Most tokens of one step. A core computes some hundreds of them a second, and all streams wait for the step: at vLLM's
-# 2048 a few prompts that come at once stop everybody for seconds. Matrices of 256 rows are as fast as larger ones.
-CPU_BATCHED_TOKENS = 256
-# vLLM options that this has to agree with: who gives one decides.
-_CHOOSES_BATCH = ("--max-num-batched-tokens", "--max-num-seqs", "--no-enable-chunked-prefill")
 # Set in a process that started itself anew, so that it does so once even where the loader ignores LD_PRELOAD.
 _RESTARTED = "SYNTHIA_RESTARTED"
 
@@ -103,19 +99,25 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         if geometry:
             kv_bytes = choose_kv_bytes(geometry, context, machine, settings.engine.kv_cache_gib)
             arguments += ["--kv-cache-memory-bytes", str(kv_bytes)]
-        own = profile.arguments(extra) if profile else []
-        arguments += _cpu_arguments(settings, [*own, *extra])
-        environment |= cpu_environment()
+        if not settings.engine.compile:
+            arguments.append("--enforce-eager")
+        environment |= cpu_environment() | _without_compiler(settings)
     taken = profile.arguments([*arguments, *extra]) if profile else []
     told = f"{profile.name}: {' '.join(taken) or 'nothing that was not given'}" if profile else None
     return EnginePlan(model, name, [*arguments, *taken, *extra], environment, told)
 
 
-def _cpu_arguments(settings: Settings, extra: Sequence[str]) -> list[str]:
-    arguments = [] if settings.engine.compile else ["--enforce-eager"]
-    if not any(option.startswith(_CHOOSES_BATCH) for option in extra):
-        arguments += ["--max-num-batched-tokens", str(CPU_BATCHED_TOKENS)]
-    return arguments
+def _without_compiler(settings: Settings) -> dict[str, str]:
+    """vLLM's sampler for CPUs is compiled by torch even in eager mode; where nothing compiles, it has to run as it is.
+
+    Raises SetupError where compiling was asked for. The name is torch's (`torch._inductor.config.cpp.cxx`).
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler):
+        return {}
+    if settings.engine.compile:
+        raise SetupError(f"--engine.compile: no C++ compiler here ({compiler}); apt-get install g++, or leave it out")
+    return {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def _smaller_weights(profile: Profile | None, extra: Sequence[str]) -> bool:

@@ -19,12 +19,20 @@ def test_the_model_follows_the_hardware() -> None:
     assert default_model(machine(24, gpu_gib=80)) == "migtissera/Synthia-v3.0-11B"
 
 
-def test_a_cpu_gets_eager_mode_and_its_tuning(tmp_path: Path) -> None:
+def test_a_cpu_gets_eager_mode_and_its_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "sh")  # any program will do
     plan = plan_engine(settings(tmp_path), machine(24))
     assert "--enforce-eager" in plan.arguments
     assert plan.environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
     assert "libiomp5" in plan.environment["LD_PRELOAD"]
     assert "--enforce-eager" not in plan_engine(settings(tmp_path, engine={"compile": True}), machine(24)).arguments
+
+
+def test_without_a_compiler_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert plan_engine(settings(tmp_path), machine(24)).environment["TORCHDYNAMO_DISABLE"] == "1"
+    with pytest.raises(SetupError, match=r"--engine\.compile"):
+        plan_engine(settings(tmp_path, engine={"compile": True}), machine(24))
 
 
 def test_gpus_share_the_model_as_far_as_its_heads_divide(tmp_path: Path) -> None:
