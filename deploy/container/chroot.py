@@ -24,6 +24,7 @@ _ROOT = Path(__file__).parents[2]
 _DOCKERFILE = Path(__file__).parent / "Dockerfile"
 _RELEASE = "bookworm"  # the base image's
 _PASSED = ("PIP_", "SSL_", "REQUESTS_", "http_proxy", "https_proxy", "no_proxy")
+_MOUNTS_ON_ONE_ANOTHER = 3  # /dev before and after the root is bound to itself
 _CHAT = {"model": "synthia", "messages": [{"role": "user", "content": "What is an orca?"}], "max_tokens": 8}
 
 
@@ -186,11 +187,16 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, timeout: float = 600) ->
 
 def _remove(work: Path) -> None:
     """Unmounts what is below and removes the folder; never follows a mount into /dev."""
-    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    for mount in sorted((one for one in mounts if one.startswith(str(work))), reverse=True):
-        subprocess.run(["umount", "--lazy", mount], check=False)
-    if not any(line.split()[1].startswith(str(work)) for line in Path("/proc/mounts").read_text().splitlines()):
+    for _ in range(_MOUNTS_ON_ONE_ANOTHER):
+        for mount in sorted(_mounts(work), reverse=True):
+            subprocess.run(["umount", "--lazy", mount], check=False, capture_output=True)
+    if not _mounts(work):
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _mounts(work: Path) -> list[str]:
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return [mount for mount in mounts if mount.startswith(str(work))]
 
 
 if __name__ == "__main__":
