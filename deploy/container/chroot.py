@@ -89,7 +89,7 @@ class Root:
 @click.option(
     "--hand-in", multiple=True, type=click.Path(path_type=Path), help="a file or folder that is to be read there too"
 )
-@click.option("--folder", type=click.Path(path_type=Path), help="where to work; 10 GB (default: a temporary one)")
+@click.option("--folder", type=click.Path(path_type=Path), help="where to work; several GB (default: a temporary one)")
 @click.option("--keep", is_flag=True, help="leave the roots where they are")
 def main(mirror: str | None, hand_in: tuple[Path, ...], folder: Path | None, keep: bool) -> None:
     """Execute the steps of the target `cpu` in a bare Debian root, and ask the server there.
