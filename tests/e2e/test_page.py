@@ -19,7 +19,7 @@ def test_a_chat_with_the_real_model_and_its_charts(server: RunningServer, visit:
     expect(replica).to_have_class(re.compile("good"))
     expect(page.locator("#health")).to_have_text("1 of 1 replica up")
     page.get_by_role("tab", name="Try it").click()
-    assert page.locator("#model").input_value() == "synthia"
+    expect(page.locator("#model")).to_have_value("synthia")  # once the list of models is there
     page.locator("#preset").select_option("Tree of Thoughts")
     send(page, "What is an orca?", 30)
     expect(page.locator("#figure-finish")).to_have_text(re.compile("stop|length"), timeout=60_000)
