@@ -86,38 +86,36 @@ class Engine(NamedTuple):
 
 
 @njit(cache=True)
-def push_finish(replicas: Replicas, r: int, step: int, request: int, size: int) -> None:
-    """Onto a heap of `size` entries."""
-    steps, requests = replicas.finish_step[r], replicas.finish_request[r]
+def heap_push(keys: Array, requests: Array, size: int, key: float, request: int) -> None:
+    """Onto a binary heap of `size` entries in two arrays, the least key first."""
     at = size
     while at > 0:
         parent = (at - 1) >> 1
-        if steps[parent] <= step:
+        if keys[parent] <= key:
             break
-        steps[at], requests[at] = steps[parent], requests[parent]
+        keys[at], requests[at] = keys[parent], requests[parent]
         at = parent
-    steps[at], requests[at] = step, request
+    keys[at], requests[at] = key, request
 
 
 @njit(cache=True)
-def pop_finish(replicas: Replicas, r: int, size: int) -> int:
-    """The request that ends first, from a heap of `size` entries."""
-    steps, requests = replicas.finish_step[r], replicas.finish_request[r]
+def heap_pop(keys: Array, requests: Array, size: int) -> int:
+    """The request with the least key, from a heap of `size` entries."""
     found = requests[0]
-    step, request = steps[size - 1], requests[size - 1]
     size -= 1
+    key, request = keys[size], requests[size]
     at = 0
     while True:
         child = 2 * at + 1
         if child >= size:
             break
-        if child + 1 < size and steps[child + 1] < steps[child]:
+        if child + 1 < size and keys[child + 1] < keys[child]:
             child += 1
-        if steps[child] >= step:
+        if keys[child] >= key:
             break
-        steps[at], requests[at] = steps[child], requests[child]
+        keys[at], requests[at] = keys[child], requests[child]
         at = child
-    steps[at], requests[at] = step, request
+    keys[at], requests[at] = key, request
     return int(found)
 
 
@@ -150,35 +148,26 @@ def set_until(replicas: Replicas, r: int, until: float) -> None:
 
 
 @njit(cache=True)
+def push_finish(replicas: Replicas, r: int, step: int, request: int, size: int) -> None:
+    """Onto replica r's heap of `size` entries."""
+    heap_push(replicas.finish_step[r], replicas.finish_request[r], size, step, request)
+
+
+@njit(cache=True)
+def pop_finish(replicas: Replicas, r: int, size: int) -> int:
+    """The request that ends first on replica r, from its heap of `size` entries."""
+    return int(heap_pop(replicas.finish_step[r], replicas.finish_request[r], size))
+
+
+@njit(cache=True)
 def push_release(times: Array, requests: Array, totals: Array, time: float, request: int) -> None:
     """A request that follows another, to be sent at `time`."""
-    at = int(totals[HEAP])
+    heap_push(times, requests, int(totals[HEAP]), time, request)
     totals[HEAP] += 1
-    while at > 0:
-        parent = (at - 1) >> 1
-        if times[parent] <= time:
-            break
-        times[at], requests[at] = times[parent], requests[parent]
-        at = parent
-    times[at], requests[at] = time, request
 
 
 @njit(cache=True)
 def pop_release(times: Array, requests: Array, totals: Array) -> int:
-    found = requests[0]
+    found = heap_pop(times, requests, int(totals[HEAP]))
     totals[HEAP] -= 1
-    size = int(totals[HEAP])
-    time, request = times[size], requests[size]
-    at = 0
-    while True:
-        child = 2 * at + 1
-        if child >= size:
-            break
-        if child + 1 < size and times[child + 1] < times[child]:
-            child += 1
-        if times[child] >= time:
-            break
-        times[at], requests[at] = times[child], requests[child]
-        at = child
-    times[at], requests[at] = time, request
     return int(found)
