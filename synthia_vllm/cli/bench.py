@@ -14,8 +14,10 @@ SUBCOMMANDS = {
     "compare": ("benchmarks.load.compare", "Hold a run against an older one; fails where it is worse."),
     "size": ("benchmarks.load.sizing.command", "Find how many replicas a load needs, by simulation."),
 }
+# In a wheel or an image without the benchmark's own packages.
+CURE = "install synthia-vllm[bench], or run it in a checkout of the repository"
 
 
-@click.group("bench", cls=LazyGroup, lazy=SUBCOMMANDS)
+@click.group("bench", cls=LazyGroup, lazy=SUBCOMMANDS, cure=CURE)
 def command() -> None:
     """Measure how fast it is, against whom, and where it breaks. `synthia-vllm bench run` is where to start."""

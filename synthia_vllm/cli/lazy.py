@@ -8,11 +8,17 @@ import click
 
 
 class LazyGroup(click.Group):
-    """`lazy` maps a name to a module, whose `command` it is, and one line of help: --help imports none of them."""
+    """`lazy` maps a name to a module, whose `command` it is, and one line of help: --help imports none of them.
 
-    def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]], **options: Any) -> None:
+    `cure` says where the packages come from that these commands need beyond our own; a missing one is named with it.
+    """
+
+    def __init__(
+        self, *args: Any, lazy: Mapping[str, tuple[str, str]], cure: str | None = None, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self.lazy = lazy
+        self.cure = cure
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.lazy)
@@ -23,9 +29,10 @@ class LazyGroup(click.Group):
         try:
             command = importlib.import_module(self.lazy[cmd_name][0]).command
         except ModuleNotFoundError as error:
-            # In a wheel or an image without the benchmark's own packages.
-            cure = f"install synthia-vllm[bench], or run {ctx.command_path} in a checkout of the repository"
-            raise click.ClickException(f"{cmd_name} needs {error.name}, which is not installed; {cure}") from error
+            if self.cure is None:
+                raise
+            message = f"{cmd_name} needs {error.name}, which is not installed; {self.cure}"
+            raise click.ClickException(message) from error
         assert isinstance(command, click.Command)
         return command
 
