@@ -1,7 +1,5 @@
 """A real Prometheus and its promtool, for the tests that need one."""
 
-import os
-import shutil
 import socket
 import subprocess
 import time
@@ -11,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
+
+from tests.tools import needed
 
 _START_TIMEOUT_S = 30
 
@@ -75,13 +74,7 @@ def running_prometheus(folder: Path, config: str) -> Iterator[Prometheus]:
 
 def tool(name: str) -> str:
     """The path of `prometheus` or `promtool`; skips where there is none, unless SYNTHIA_REQUIRE_SERVICES=1."""
-    found = shutil.which(name)
-    if found is None:
-        reason = f"{name} is not installed (Debian: prometheus)"
-        if os.environ.get("SYNTHIA_REQUIRE_SERVICES") == "1":
-            pytest.fail(f"{reason}; SYNTHIA_REQUIRE_SERVICES=1 asks for it")
-        pytest.skip(reason)
-    return found
+    return needed(name, "prometheus")
 
 
 def promtool(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:

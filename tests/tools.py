@@ -1,4 +1,4 @@
-"""Programs of the system that some tests here need."""
+"""Programs of the system that some tests need."""
 
 import os
 import shutil

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from synthia_vllm.deploy.render import render
 from synthia_vllm.settings import Settings
-from tests.deploy.tools import needed
 from tests.running import free_port, until
+from tests.tools import needed
 
 _MAIN = """
 daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; {user}

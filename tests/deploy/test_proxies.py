@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.deploy.proxies import caddy_file, nginx_files, running
-from tests.deploy.tools import needed
 from tests.running import Running, free_port, gateway, null_engine, until
+from tests.tools import needed
 
 _TOKENS_PER_SECOND = 20
 

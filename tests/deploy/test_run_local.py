@@ -9,8 +9,8 @@ import pytest
 
 from deploy.generate import FOLDER
 from tests.conftest import RunningServer
-from tests.deploy.tools import needed
 from tests.running import until
+from tests.tools import needed
 
 pytestmark = pytest.mark.e2e
 

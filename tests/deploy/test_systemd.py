@@ -12,8 +12,8 @@ import yaml
 from deploy.generate import FOLDER
 from synthia_vllm.deploy.render import render
 from synthia_vllm.settings import Settings, load_settings
-from tests.deploy.tools import needed
 from tests.running import gateway
+from tests.tools import needed
 
 _MOST = 30  # tenths: 3.0
 

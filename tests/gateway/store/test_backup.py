@@ -16,10 +16,10 @@ from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.keys import KeyStore
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.tables import Entry
-from tests.deploy.tools import needed
 from tests.gateway.store.conftest import SECRET, MakeCall
 from tests.running import ROOT
 from tests.services import Postgres
+from tests.tools import needed
 
 _PAGE = (ROOT / "docs" / "operations.md").read_text()
 _ROWS_FIRST = 2000  # so many that a backup takes longer than a commit
