@@ -1,56 +1,151 @@
-"""Keeps the start of one replica off the cores that the engines of others compute on.
+"""Which replica computes on which cores, where several share a machine without a GPU.
 
-Importing vLLM and loading the model takes most of a minute of CPU time. On a machine without a GPU the streams of the
-other replicas would wait for that, and most of all those that just lost the replica that this one replaces.
+Each has its share (`share.py`). Beyond that:
+
+- A newcomer starts on cores that no other computes on. Importing vLLM and loading the model takes most of a minute of
+  CPU time, and the streams of the others would wait for that; most of all those that just lost the replica it replaces.
+- A replica that finds itself alone computes on all cores from its next step on. What it takes over from one that was
+  killed has to be computed again before it goes on.
+- It gives them up as soon as a newcomer starts: with a thread on a core that another one uses, every step would wait
+  for that thread.
+
+Replicas know of one another by claims: a file each, which stands until a process that it names has ended.
 """
 
+import asyncio
 import contextlib
 import os
-from collections.abc import Set
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
+from pathlib import Path
 
+import msgspec
+import platformdirs
 import psutil
 
-_WORKER = "VLLM::Worker"  # vLLM's title of a process that computes; bound to its cores while it starts
+from synthia_vllm.cluster.share import core_of, physical_cores
+
+BINDING = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's
+_WORKER = "VLLM::Worker"  # vLLM's title of the process that computes
 _CAN_BIND = hasattr(os, "sched_setaffinity")  # Linux
+_LOOK_S = 0.5  # for newcomers; that one has ended is told by the kernel
 
 
-def leave_busy_cores(worker: str = _WORKER) -> None:
-    """Moves this process to cores that no process of this name is bound to, if there are any."""
-    if _CAN_BIND and (free := _allowed() - _bound(worker)):
-        stay_on(free)
+class Claim(msgspec.Struct, frozen=True):
+    """CPUs that a replica computes on, and its processes as (process id, when it began)."""
+
+    cpus: list[int]
+    processes: list[tuple[int, float]]
+
+    def stands(self) -> bool:
+        return all(map(_lives, self.processes))
 
 
-def stay_on(cores: Set[int]) -> None:
-    """Binds every thread of this process, and so what it will start, to these cores. No cores: to all."""
-    if _CAN_BIND:
-        _bind(psutil.Process(), cores or _allowed())
+class Claims:
+    """This process's claim and those of others on this machine."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or platformdirs.user_runtime_path("synthia-vllm") / "cores"
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._own = self._folder / f"{os.getpid()}.json"
+
+    def make(self, cpus: Iterable[int], processes: Iterable[psutil.Process] = ()) -> None:
+        """Claims these CPUs for this process and those, in place of what it claimed before."""
+        named = [(process.pid, process.create_time()) for process in (psutil.Process(), *processes)]
+        new = self._own.with_suffix(".new")
+        new.write_bytes(msgspec.json.encode(Claim(sorted(cpus), named)))
+        new.replace(self._own)
+
+    def others(self) -> list[Claim]:
+        """Those that stand. Removes the files of those that don't."""
+        found = []
+        for path in self._folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # another one has removed it
+                if path == self._own:
+                    continue
+                claim = msgspec.json.decode(path.read_bytes(), type=Claim)
+                if claim.stands():
+                    found.append(claim)
+                else:
+                    path.unlink()
+        return found
 
 
-def return_to_all_cores() -> None:
-    """After the start, for the server. Its engine core and worker stay where they are: they work in turns.
-
-    The engine core waits for its worker in a loop of `sched_yield` (vLLM's `shm_broadcast.SpinCondition`), and would
-    take a core of another engine for that. Beside its worker it only makes room.
-    """
-    if _CAN_BIND:
-        _bind(psutil.Process(), _allowed())
-
-
-def make_room(share: Set[int], worker: str = _WORKER) -> None:
-    """Moves the engine that this process has started off those cores of its share that others are bound to.
-
-    An empty share is all cores. To call now and then: replicas come and go. One that has the machine to itself has a
-    thread on each core, and every step would wait for the one that shares its core with a newcomer: ten times slower.
-    It keeps its number of threads.
-    """
+def start_on_free_cores(claims: Claims) -> None:
+    """Binds this process to cores that no other claims, and claims them; where there are none, to half of them all."""
     if not _CAN_BIND:
         return
+    everything = _allowed()
+    free = everything.difference(*(claim.cpus for claim in claims.others()))
+    bind(free or set(sorted(everything)[len(everything) // 2 :]))
+    claims.make(os.sched_getaffinity(0))
+
+
+def bind(cpus: Set[int], process: psutil.Process | None = None) -> None:
+    """Binds every thread of a process, by default this one, and so what it will start, to these CPUs. None: to all."""
+    if not _CAN_BIND:
+        return
+    with contextlib.suppress(psutil.Error):
+        for thread in (process or psutil.Process()).threads():
+            with contextlib.suppress(OSError):  # it has ended
+                os.sched_setaffinity(thread.id, cpus or _allowed())
+
+
+async def share_cores(claims: Claims, base: Sequence[int], compute_on: Callable[[list[int]], Awaitable[None]]) -> None:
+    """Has the engine that this process has started compute on the cores that are its to use, for as long as it runs.
+
+    base        CPUs that it was started on, the one of its first thread first
+    compute_on  tells the engine, as `engine.cpu_worker.Worker.compute_on`
+    """
     engine = psutil.Process().children(recursive=True)
-    cores = share or _allowed()
-    wanted = (cores - _bound(worker, but={process.pid for process in engine})) or cores
-    if wanted != (set().union(*map(_threads_on, engine)) or _allowed()):
-        for process in engine:
-            _bind(process, wanted)
+    claims.make(base, engine)
+    # The server asks and answers: it may run anywhere.
+    bind(set())
+    now = list(base)
+    while True:
+        others = claims.others()
+        wanted = wanted_cpus(base, others)
+        if wanted != now:
+            # vLLM's engine core waits for its worker in a loop of `sched_yield`, and would take another engine's core.
+            for process in engine:
+                if not process.name().startswith(_WORKER):
+                    bind(set(base) & set(wanted) or set(wanted), process)
+            await compute_on(wanted)
+            now = wanted
+        await _one_ends(others, _LOOK_S)
+
+
+def wanted_cpus(base: Sequence[int], others: Sequence[Claim]) -> list[int]:
+    """All of its own that no other claims; if it is alone, the others of its NUMA node as well, one of each core."""
+    if others:
+        taken = {core_of(cpu) for claim in others for cpu in claim.cpus}
+        return [cpu for cpu in base if core_of(cpu) not in taken] or list(base)
+    own = {core_of(cpu) for cpu in base}
+    more = (cpu for cpu in physical_cores(_allowed()) if core_of(cpu) not in own)
+    return [*base, *(cpu for cpu in more if _node_of(cpu) == _node_of(base[0]))]
+
+
+async def _one_ends(claims: Sequence[Claim], seconds: float) -> None:
+    """Returns when a process of these claims has ended, at once, or when the time is up."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.ExitStack() as watched:
+        for pid in {pid for claim in claims for pid, _ in claim.processes}:
+            try:
+                descriptor = os.pidfd_open(pid)
+            except OSError:  # it has
+                return
+            watched.callback(os.close, descriptor)
+            loop.add_reader(descriptor, ended.set)
+            watched.callback(loop.remove_reader, descriptor)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), seconds)
+
+
+def _lives(process: tuple[int, float]) -> bool:
+    pid, began = process
+    with contextlib.suppress(psutil.Error):
+        found = psutil.Process(pid)
+        return found.create_time() == began and found.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _allowed() -> set[int]:
@@ -58,28 +153,5 @@ def _allowed() -> set[int]:
     return os.sched_getaffinity(os.getppid())
 
 
-def _bound(worker: str, but: Set[int] = frozenset()) -> set[int]:
-    """CPUs that threads of workers are bound to; vLLM binds each thread that computes to a core of its own."""
-    found: set[int] = set()
-    for process in psutil.process_iter(["name"]):
-        if (process.info["name"] or "").startswith(worker) and process.pid not in but:
-            found |= _threads_on(process)
-    return found
-
-
-def _threads_on(process: psutil.Process) -> set[int]:
-    """CPUs of those threads that are bound to some, and not to all of the machine's."""
-    everywhere, found = _allowed(), set[int]()
-    with contextlib.suppress(psutil.Error):
-        for thread in process.threads():
-            with contextlib.suppress(OSError):  # it has ended
-                cores = os.sched_getaffinity(thread.id)
-                found |= cores if cores < everywhere else set()
-    return found
-
-
-def _bind(process: psutil.Process, cores: Set[int]) -> None:
-    with contextlib.suppress(psutil.Error):
-        for thread in process.threads():
-            with contextlib.suppress(OSError):  # it has ended
-                os.sched_setaffinity(thread.id, cores)
+def _node_of(cpu: int) -> list[str]:
+    return sorted(path.name for path in Path(f"/sys/devices/system/cpu/cpu{cpu}").glob("node*"))

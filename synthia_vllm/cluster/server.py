@@ -7,11 +7,10 @@ Checked on Ray 2.60.0 with vLLM 0.29.0; what is used of their insides is the app
 import asyncio
 import os
 
-from synthia_vllm.cluster.cores import leave_busy_cores, make_room, return_to_all_cores, stay_on
-from synthia_vllm.engine.plugin import ENGINE_VARIABLE
+from synthia_vllm.cluster.cores import BINDING, Claims, bind, share_cores, start_on_free_cores
 
-if os.environ.get(ENGINE_VARIABLE):  # in a replica, not where one is planned; importing vLLM is most of its start
-    leave_busy_cores()
+if os.environ.get(BINDING) == "auto":  # before vLLM is imported, which is most of a start
+    start_on_free_cores(Claims())
 
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from vllm.tokenizers import get_tokenizer
 
 from synthia_vllm.cluster.guard import Guard, engine_key
 from synthia_vllm.cluster.share import Share, share_of
+from synthia_vllm.engine.arguments import CPU_WORKER
 from synthia_vllm.engine.hardware import inspect_machine
 from synthia_vllm.engine.memory import choose_kv_bytes, read_geometry
 from synthia_vllm.engine.server import warm_up
@@ -32,7 +32,8 @@ from synthia_vllm.engine.tokens import bos_lead
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import Settings
 
-_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+# Set for replicas on a CPU; a binding that Ray was started with wins.
+_SHARES_CORES = os.environ.get(BINDING) == "auto"
 OWN_CONFIG = "synthia"  # our part of LLMConfig.experimental_configs
 
 
@@ -43,9 +44,8 @@ class Engine(LLMServer):  # type: ignore[misc]
         own = llm_config.experimental_configs[OWN_CONFIG]
         self._settings = Settings(**own["settings"])
         self._names = [own["name"], *(alias for alias in MODEL_ALIASES if alias != own["name"])]
-        self._cpus: str | None = None  # of our share, where we have bound the engine to it
+        self._watch: asyncio.Task[None] | None = None
         if own["shares_machine"]:
-            stay_on(set())  # what the share is of
             self._take_share(llm_config, keep_cache=own["keeps_cache"])
         engine = llm_config.get_engine_config()
         lead = {"bos_lead": bos_lead(get_tokenizer(engine.actual_hf_model_id))}
@@ -58,22 +58,34 @@ class Engine(LLMServer):  # type: ignore[misc]
         models = app.state.openai_serving_models.base_model_paths
         models[:] = [BaseModelPath(name=name, model_path=models[0].model_path) for name in self._names]
         await warm_up(app.state.engine_client)
-        return_to_all_cores()
+        if _SHARES_CORES:
+            self._watch = asyncio.create_task(self._share_cores(app.state.engine_client))
         app.middleware_stack = None  # vLLM has built it already; Starlette builds it again with ours
         app.add_middleware(Guard, key=engine_key(self._settings))
         return app
 
-    async def check_health(self) -> None:
-        await super().check_health()
-        if self._cpus is not None:
-            await asyncio.to_thread(make_room, _cores(self._cpus))
+    async def _share_cores(self, engine: Any) -> None:
+        """Lets the engine have the cores that are its to use, as replicas come and go."""
+        config = engine.vllm_config.parallel_config
+        if config.world_size > 1 or config.worker_cls != CPU_WORKER:
+            return
+
+        async def compute_on(cpus: list[int]) -> None:
+            await engine.collective_rpc("compute_on", args=(cpus,))
+
+        (base,) = await engine.collective_rpc("computes_on")
+        await share_cores(Claims(), base, compute_on)
 
     def _take_share(self, llm_config: LLMConfig, *, keep_cache: bool) -> None:
         """Replicas on one machine without GPUs divide its cores and its memory; else each would plan to use all."""
+        if _SHARES_CORES:
+            bind(set())  # what the share is of
         share = machine_share(self._settings)
-        if os.environ.get(_BINDING, "auto") == "auto":  # a binding that Ray was started with wins
-            os.environ[_BINDING] = self._cpus = share.cpus
-            stay_on(_cores(share.cpus))
+        if _SHARES_CORES and share.cpus != "auto":
+            os.environ[BINDING] = share.cpus
+            cores = {int(cpu) for cpu in share.cpus.split(",")}
+            bind(cores)
+            Claims().make(cores)
         if keep_cache:
             return
         machine = inspect_machine()
@@ -84,11 +96,6 @@ class Engine(LLMServer):  # type: ignore[misc]
             context = engine.max_model_len or geometry.context
             cache = choose_kv_bytes(geometry, context, machine, engine.kv_cache_gib)
             llm_config.update_engine_kwargs(kv_cache_memory_bytes=cache)
-
-
-def _cores(cpus: str) -> set[int]:
-    """None for "auto": all."""
-    return set() if cpus == "auto" else {int(cpu) for cpu in cpus.split(",")}
 
 
 def machine_share(settings: Settings) -> Share:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +42,19 @@ def share_of(machine: Machine, rank: int, replicas: int, nodes: int, settings: S
     return Share(",".join(map(str, cores[start : start + width])), memory)
 
 
-def physical_cores() -> list[int]:
-    """One CPU id for each core that this process may use: two threads of one core only get in each other's way."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = {_siblings(cpu): cpu for cpu in allowed}
-    return sorted(cores.values())
+def physical_cores(allowed: Iterable[int] | None = None) -> list[int]:
+    """One CPU id for each core of these, or of those that this process may use.
+
+    Two threads of one core only get in each other's way.
+    """
+    if allowed is None:
+        known = hasattr(os, "sched_getaffinity")
+        allowed = os.sched_getaffinity(0) if known else range(os.cpu_count() or 1)
+    return sorted({core_of(cpu): cpu for cpu in sorted(allowed)}.values())
 
 
-def _siblings(cpu: int) -> str:
+def core_of(cpu: int) -> str:
+    """What the CPUs of one core have in common."""
     try:
         return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:

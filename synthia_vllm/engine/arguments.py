@@ -20,6 +20,12 @@ from synthia_vllm.settings import Settings
 
 SYNTHIA = "migtissera/Synthia-v3.0-11B"
 DEMO = "demo"
+CPU_WORKER = "synthia_vllm.engine.cpu_worker.Worker"  # imports vLLM
+# Most tokens of one step. A core computes some hundreds of them a second, and all streams wait for the step: at vLLM's
+# 2048 a few prompts that come at once stop everybody for seconds. Matrices of 256 rows are as fast as larger ones.
+_CPU_BATCHED_TOKENS = 256
+# vLLM options that this has to agree with: who gives one decides.
+_CHOOSES_BATCH = ("--max-num-batched-tokens", "--max-num-seqs", "--no-enable-chunked-prefill")
 # Set in a process that started itself anew, so that it does so once even where the loader ignores LD_PRELOAD.
 _RESTARTED = "SYNTHIA_RESTARTED"
 
@@ -99,12 +105,20 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         if geometry:
             kv_bytes = choose_kv_bytes(geometry, context, machine, settings.engine.kv_cache_gib)
             arguments += ["--kv-cache-memory-bytes", str(kv_bytes)]
-        if not settings.engine.compile:
-            arguments.append("--enforce-eager")
+        arguments += _cpu_arguments(settings, extra)
         environment |= cpu_environment() | _without_compiler(settings)
     taken = profile.arguments([*arguments, *extra]) if profile else []
     told = f"{profile.name}: {' '.join(taken) or 'nothing that was not given'}" if profile else None
     return EnginePlan(model, name, [*arguments, *taken, *extra], environment, told)
+
+
+def _cpu_arguments(settings: Settings, extra: Sequence[str]) -> list[str]:
+    arguments = ["--worker-cls", CPU_WORKER]
+    if not settings.engine.compile:
+        arguments.append("--enforce-eager")
+    if not any(option.startswith(_CHOOSES_BATCH) for option in extra):
+        arguments += ["--max-num-batched-tokens", str(_CPU_BATCHED_TOKENS)]
+    return arguments
 
 
 def _without_compiler(settings: Settings) -> dict[str, str]:

@@ -1,79 +1,151 @@
-"""On real processes: one that looks like vLLM's worker, bound to a core, and one that starts."""
+"""On real processes: some that hold claims, and one that starts, or shares its cores."""
 
+import asyncio
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
+from synthia_vllm.cluster.cores import Claim, Claims, share_cores, wanted_cpus
+from synthia_vllm.cluster.share import core_of
+
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores and Linux")
-WORKER = """
-import os, sys, time
-open("/proc/self/comm", "w").write("null::Worker")
-os.sched_setaffinity(0, {int(sys.argv[1])})
-print("bound", flush=True)
+pytestmark = pytest.mark.skipif(len(CORES) < 2 or core_of(CORES[0]) == core_of(CORES[1]), reason="needs two cores")
+HOLDER = """
+import sys, time
+from pathlib import Path
+from synthia_vllm.cluster.cores import Claims
+Claims(Path(sys.argv[1])).make({int(cpu) for cpu in sys.argv[2:]})
+print("claimed", flush=True)
 time.sleep(60)
 """
+STARTER = """
+import os, sys
+from pathlib import Path
+from synthia_vllm.cluster.cores import Claims, bind, start_on_free_cores
+claims = Claims(Path(sys.argv[1]))
+start_on_free_cores(claims)
+exec(sys.argv[2])
+print(*os.sched_getaffinity(0), sep=",")
+"""
+Hold = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
-def worker() -> Iterator[int]:
-    """A stand-in for a worker of vLLM; the core that it is bound to."""
-    with subprocess.Popen([sys.executable, "-c", WORKER, str(CORES[0])], stdout=subprocess.PIPE) as process:
+def hold(tmp_path: Path) -> Iterator[Hold]:
+    """Starts processes that claim these CPUs."""
+    started = []
+
+    def start(*cpus: int) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-c", HOLDER, str(tmp_path), *map(str, cpus)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        started.append(process)
         assert process.stdout is not None
         process.stdout.readline()
-        yield CORES[0]
+        return process
+
+    yield start
+    for process in started:
         process.kill()
+        process.communicate()
 
 
-def where(code: str) -> set[int]:
-    """The cores of a new process after it has run this."""
-    imports = "from synthia_vllm.cluster.cores import leave_busy_cores, make_room, return_to_all_cores, stay_on"
-    report = "import os, sys; sys.stdout.write(','.join(map(str, os.sched_getaffinity(0))))"
+def starts_on(folder: Path, code: str = "") -> set[int]:
+    """The cores of a process that starts, after it has run this."""
     done = subprocess.run(
-        [sys.executable, "-c", f"{imports}\n{code}\n{report}"], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", STARTER, str(folder), code], stdout=subprocess.PIPE, text=True, check=True
     )
     return {int(core) for core in done.stdout.split(",")}
 
 
-def test_a_start_keeps_off_the_cores_of_workers(worker: int) -> None:
-    assert worker not in where("leave_busy_cores('null::Worker')")
+def test_a_start_keeps_off_the_cores_of_others(tmp_path: Path, hold: Hold) -> None:
+    hold(CORES[0])
+    assert starts_on(tmp_path) == set(CORES[1:])
 
 
-def test_it_returns_to_all_cores(worker: int) -> None:
-    assert where("leave_busy_cores('null::Worker'); return_to_all_cores()") == set(CORES)
+def test_where_all_are_taken_it_takes_half(tmp_path: Path, hold: Hold) -> None:
+    hold(*CORES)
+    assert starts_on(tmp_path) == set(CORES[len(CORES) // 2 :])
 
 
-def test_its_share_is_counted_among_all_cores(worker: int) -> None:
-    assert where("leave_busy_cores('null::Worker'); stay_on(set())") == set(CORES)
+def test_it_says_where_it_starts(tmp_path: Path) -> None:
+    hold_on = "import time; print(*os.sched_getaffinity(0), sep=',', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", STARTER, str(tmp_path), hold_on]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert [claim.cpus for claim in Claims(tmp_path).others()] == [CORES]
+        process.kill()
 
 
-def test_what_it_starts_is_on_the_same_cores() -> None:
-    again = "os.execv(sys.executable, [sys.executable, '-c', 'import os; print(*os.sched_getaffinity(0), sep=\",\")'])"
-    assert where(f"stay_on({{{CORES[1]}}}); import os, sys; {again}") == {CORES[1]}
+def test_a_claim_ends_with_its_process(tmp_path: Path, hold: Hold) -> None:
+    holder = hold(CORES[0])
+    holder.kill()  # and stays a zombie until someone waits for it
+    assert starts_on(tmp_path) == set(CORES)
+    assert not list(tmp_path.glob(f"{holder.pid}.json"))
 
 
-ENGINE = """import os, subprocess, sys
-engine = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-"""
-SEEN = """
-seen = os.sched_getaffinity(engine.pid)
-engine.kill()
-os.sched_setaffinity(0, seen)
-"""
+def test_a_claim_ends_with_any_of_its_processes(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as engine:
+        Claims(tmp_path).make({CORES[0]}, [psutil.Process(engine.pid)])
+        assert starts_on(tmp_path) == set(CORES[1:])
+        engine.kill()
+        engine.wait()
+        assert starts_on(tmp_path) == set(CORES)
 
 
-def test_an_engine_makes_room_for_a_newcomer(worker: int) -> None:
-    assert where(f"{ENGINE}make_room(set(), 'null::Worker'){SEEN}") == set(CORES) - {worker}
+def test_it_can_have_all_cores_again(tmp_path: Path, hold: Hold) -> None:
+    hold(CORES[0])
+    assert starts_on(tmp_path, "bind(set())") == set(CORES)
 
 
-def test_an_engine_whose_only_core_is_shared_stays(worker: int) -> None:
-    code = f"{ENGINE}os.sched_setaffinity(engine.pid, {{{worker}}})\nmake_room({{{worker}}}, 'null::Worker'){SEEN}"
-    assert where(code) == {worker}
+@pytest.mark.parametrize(
+    ("base", "others", "wanted"),
+    [
+        ([0], [], [0, 1]),  # alone: everything
+        ([1], [], [1, 0]),  # its own first: its first thread is there
+        ([0], [[1]], [0]),
+        ([0, 1], [[1]], [0]),  # room for a newcomer
+        ([1], [[1]], [1]),  # more replicas than cores
+        ([0, 1], [[0], [1]], [0, 1]),
+    ],
+)
+def test_which_cores_are_its_to_use(base: list[int], others: list[list[int]], wanted: list[int]) -> None:
+    claims = [Claim([CORES[cpu] for cpu in cpus], []) for cpus in others]
+    found = wanted_cpus([CORES[cpu] for cpu in base], claims)
+    if not others:
+        assert found[: len(base)] == [CORES[cpu] for cpu in base]
+        assert {core_of(cpu) for cpu in found} == {core_of(cpu) for cpu in CORES}
+    else:
+        assert found == [CORES[cpu] for cpu in wanted]
 
 
-def test_an_engine_takes_its_cores_back() -> None:
-    code = f"{ENGINE}os.sched_setaffinity(engine.pid, {{{CORES[0]}}})\nmake_room(set(), 'null::Worker'){SEEN}"
-    assert where(code) == set(CORES)
+async def test_a_survivor_computes_on_all_cores_at_once_and_gives_them_up(tmp_path: Path, hold: Hold) -> None:
+    told: list[list[int]] = []
+
+    async def compute_on(cpus: list[int]) -> None:
+        told.append(cpus)
+
+    async def until_told(times: int) -> None:
+        async with asyncio.timeout(30):
+            while len(told) < times:
+                await asyncio.sleep(0.05)
+
+    other = hold(CORES[1])
+    running = asyncio.create_task(share_cores(Claims(tmp_path), [CORES[0]], compute_on))
+    try:
+        await asyncio.sleep(0.2)
+        assert told == []
+        other.send_signal(signal.SIGKILL)
+        await until_told(1)
+        await asyncio.to_thread(hold, CORES[1])
+        await until_told(2)
+    finally:
+        running.cancel()
+    assert {core_of(cpu) for cpu in told[0]} == {core_of(cpu) for cpu in CORES}
+    assert told[1] == [CORES[0]]

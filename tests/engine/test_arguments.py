@@ -14,6 +14,16 @@ def settings(folder: Path, **groups: Any) -> Settings:
     return Settings(model=str(write_model(folder)), **groups)
 
 
+def test_steps_on_a_cpu_are_short_unless_they_are_chosen(tmp_path: Path) -> None:
+    def steps(*given: str) -> list[str]:
+        arguments = plan_engine(settings(tmp_path), machine(24), given).arguments
+        return [arguments[at + 1] for at, option in enumerate(arguments) if option == "--max-num-batched-tokens"]
+
+    assert steps() == ["256"]
+    assert steps("--max-num-batched-tokens", "512") == ["512"]
+    assert steps("--max-num-seqs", "400") == []
+
+
 def test_the_model_follows_the_hardware() -> None:
     assert default_model(machine(24)) == "demo"
     assert default_model(machine(24, gpu_gib=80)) == "migtissera/Synthia-v3.0-11B"

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from benchmarks.eval_data import stand_ins
 from synthia_vllm.eval.server import Endpoint
 from tests.running import free_port, until
 
@@ -110,16 +111,4 @@ def stand_in(byte_tokenizer: Callable[[bool], Path]) -> Iterator[StandIn]:
 @pytest.fixture(scope="session")
 def all_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stand-in data with all of MMLU's subjects: each has the questions of one of the three that were written."""
-    import lm_eval.tasks
-    import yaml
-
-    folder = tmp_path_factory.mktemp("data")
-    for name in ("ai2_arc", "hellaswag", "truthful_qa"):
-        (folder / name).symlink_to(DATA / name)
-    written = sorted((DATA / "mmlu").iterdir())
-    (folder / "mmlu").mkdir()
-    subjects = Path(lm_eval.tasks.__file__).parent.glob("mmlu/default/mmlu_*.yaml")
-    for at, source in enumerate(sorted(subjects)):
-        subject = yaml.safe_load(source.read_text())["dataset_name"]
-        (folder / "mmlu" / subject).symlink_to(written[at % len(written)])
-    return folder
+    return stand_ins(tmp_path_factory.mktemp("data"))
