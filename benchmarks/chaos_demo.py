@@ -96,7 +96,9 @@ def pid_command(command: str) -> PidList:
 
 
 def kill_one(pids: list[int]) -> int:
-    """`kill -9` of one of them."""
+    """`kill -9` of one of them. Raises ClickException where there is none."""
+    if not pids:
+        raise click.ClickException("no engine is left to kill: was the cluster stopped?")
     victim = random.choice(pids)
     os.kill(victim, signal.SIGKILL)
     return victim

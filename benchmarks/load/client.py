@@ -228,7 +228,7 @@ def _record(call: Call, reply: Reply, *, start: float, due_s: float, sent: float
         user=call.user,
         due_s=round(due_s, 6),
         sent_s=round(sent - start, 6),
-        chunk_s=[round(moment - start, 6) for moment in reply.chunks],
+        chunk_s=[round(moment - start, 5) for moment in reply.chunks],
         done_s=round(done - start, 6),
         prompt_tokens=reply.prompt_tokens or length,
         wanted_tokens=call.output_tokens,

@@ -4,6 +4,7 @@ The runner writes it; the report, `compare` and the sizing read nothing else. Ti
 from the start of its measurement. A figure that follows from the requests is computed, not stored (see `summary`).
 """
 
+import gzip
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,10 +106,11 @@ class Run(_Part):
 
 
 def read(path: Path) -> Run:
-    """Raises ValueError that names the file and the field."""
+    """Raises ValueError that names the file and the field. A name that ends in .gz is of a compressed file."""
     try:
-        return Run.model_validate_json(path.read_bytes())
-    except ValueError as error:
+        raw = path.read_bytes()
+        return Run.model_validate_json(gzip.decompress(raw) if path.suffix == ".gz" else raw)
+    except (ValueError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a result of `synthia-vllm bench` of this version: {error}") from error
 
 
@@ -116,5 +118,6 @@ def write(run: Run, path: Path) -> None:
     """Replaces the file in one step, so that an interrupted run leaves the former one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    beside.write_text(run.model_dump_json(indent=1, exclude_defaults=True) + "\n")
+    text = run.model_dump_json(exclude_defaults=True) + "\n"
+    beside.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
     beside.replace(path)

@@ -23,7 +23,7 @@ DEMO = "demo"
 CPU_WORKER = "synthia_vllm.engine.cpu_worker.Worker"  # imports vLLM
 # Most tokens of one step. A core computes some hundreds of them a second, and all streams wait for the step: at vLLM's
 # 2048 a few prompts that come at once stop everybody for seconds. Matrices of 256 rows are as fast as larger ones.
-_CPU_BATCHED_TOKENS = 256
+CPU_BATCHED_TOKENS = 256
 # vLLM options that this has to agree with: who gives one decides.
 _CHOOSES_BATCH = ("--max-num-batched-tokens", "--max-num-seqs", "--no-enable-chunked-prefill")
 # Set in a process that started itself anew, so that it does so once even where the loader ignores LD_PRELOAD.
@@ -117,7 +117,7 @@ def _cpu_arguments(settings: Settings, extra: Sequence[str]) -> list[str]:
     if not settings.engine.compile:
         arguments.append("--enforce-eager")
     if not any(option.startswith(_CHOOSES_BATCH) for option in extra):
-        arguments += ["--max-num-batched-tokens", str(_CPU_BATCHED_TOKENS)]
+        arguments += ["--max-num-batched-tokens", str(CPU_BATCHED_TOKENS)]
     return arguments
 
 

@@ -20,6 +20,7 @@ from benchmarks.load.sizing.engine_model import (
 from benchmarks.load.sizing.simulator import Cluster, Outcome, run
 from benchmarks.load.sizing.traffic import of_measurement
 from benchmarks.load.summary import Load, Summary, tokens_of, ttft
+from synthia_vllm.engine.arguments import CPU_BATCHED_TOKENS
 
 HELD_OUT = 3
 TOLERANCE = 0.15
@@ -175,11 +176,12 @@ def answered(run_: Run, wanted: Wanted, answer: Answer) -> Run:
 
 
 def engine_limits(run_: Run, server: str) -> dict[str, int]:
-    """From the server's command and the run's options, where they name them; else vLLM's defaults on a CPU."""
+    """From the server's command and the run's options, where they name them; else the defaults on a CPU."""
     command = next((s.command for s in run_.servers if s.name == server), [])
+    batched = CPU_BATCHED_TOKENS if _is_ours(server) else DEFAULT_MAX_BATCHED_TOKENS
     found = {
         "max_seqs": _option(command, "max[-_]num[-_]seqs") or DEFAULT_MAX_SEQS,
-        "max_batched_tokens": _option(command, "max[-_]num[-_]batched[-_]tokens") or DEFAULT_MAX_BATCHED_TOKENS,
+        "max_batched_tokens": _option(command, "max[-_]num[-_]batched[-_]tokens") or batched,
         "kv_tokens": DEFAULT_KV_TOKENS,
     }
     kv_bytes = _option(command, "kv[-_]cache[-_]memory[-_]bytes")

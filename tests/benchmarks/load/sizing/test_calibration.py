@@ -92,4 +92,5 @@ def test_too_few_loads_are_an_error_that_says_what_is_needed() -> None:
 def test_limits_of_the_engine_come_from_its_command() -> None:
     command = ["serve", "--max-num-seqs", "64", "--kv-cache-memory-bytes=1000000"]
     one = run([closed(1)], servers=[Server(name="ours", title="", command=command)], model={"kv_bytes_per_token": 100})
-    assert engine_limits(one, "ours") == {"max_seqs": 64, "max_batched_tokens": 2048, "kv_tokens": 10_000}
+    assert engine_limits(one, "ours") == {"max_seqs": 64, "max_batched_tokens": 256, "kv_tokens": 10_000}
+    assert engine_limits(one, "vllm-default")["max_batched_tokens"] == 2048

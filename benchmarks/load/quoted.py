@@ -1,0 +1,50 @@
+"""The tables that the README quotes from a run: closed loops, and ours against each of the others.
+
+python -m benchmarks.load.quoted benchmarks/results/full.json
+"""
+
+from pathlib import Path
+
+import click
+
+from benchmarks.load.run_file import Run, read
+from benchmarks.load.summary import Summary
+
+# Ours, the other, and at how many streams.
+PAIRS = (
+    ("ours", "card", 64),
+    ("ours", "card-batched", 64),
+    ("ours", "vllm-default", 64),
+    ("ours", "vllm-tuned", 64),
+    ("ours", "llama.cpp", 32),
+    ("ours", "llama.cpp", 64),
+    ("cluster", "ray-normal", 64),
+    ("cluster", "ray-direct", 64),
+)
+
+
+def markdown(run: Run) -> str:
+    """Medians over the rounds, and ratios taken round by round with their 95 % intervals."""
+    summary = Summary(run)
+    loads = {load.streams: load for load in summary.loads("closed") if load.family == "closed loop"}
+    lines = [f"| tokens/s, streams: | {' | '.join(map(str, loads))} |", "|---|" + "---|" * len(loads)]
+    for server in summary.servers():
+        found = [summary.estimate(server, load, "output_throughput") for load in loads.values()]
+        lines.append(f"| `{server}` | {' | '.join(f'{one.value:.0f}' if one else '' for one in found)} |")
+    lines += ["", "| tokens/s, in one run | ratio [95 % interval] |", "|---|---|"]
+    for ours, theirs, streams in PAIRS:
+        ratio = summary.ratio(ours, theirs, loads[streams]) if streams in loads else None
+        if ratio is not None:
+            lines.append(f"| `{ours}` / `{theirs}`, {streams} streams | {ratio.text()} |")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("run", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(run: Path) -> None:
+    """Print the tables."""
+    click.echo(markdown(read(run)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What the README quotes."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.load.quoted import main, markdown
+from benchmarks.load.run_file import Server, read, write
+from tests.benchmarks.load.synthetic import closed, run
+
+
+def made() -> list[str]:
+    names = ("vllm-default", "ours")
+    rounds = [closed(64, server=name, round=number, workload="closed loop") for number in range(3) for name in names]
+    servers = [Server(name=name, title="") for name in names]
+    return markdown(run([*rounds, closed(1, workload="closed loop")], servers=servers)).splitlines()
+
+
+def test_a_server_has_a_line_and_what_was_not_measured_is_empty() -> None:
+    lines = made()
+    assert lines[0] == "| tokens/s, streams: | 1 | 64 |"
+    assert lines[2].startswith("| `vllm-default` |  | ")
+    assert lines[3].startswith("| `ours` | ")
+
+
+def test_ratios_are_of_pairs_that_were_measured() -> None:
+    ratios = made()[made().index("") + 3 :]
+    assert len(ratios) == 1
+    assert ratios[0].startswith("| `ours` / `vllm-default`, 64 streams | 1.0")
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
+def test_it_is_printed_from_a_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write(run([closed(64, workload="closed loop")]), path)
+    assert read(path).measurements[0].server == "ours"
+    assert "`ours`" in CliRunner().invoke(main, [str(path)], catch_exceptions=False).output
+
+
+def test_a_broken_compressed_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.json.gz"
+    path.write_text("not compressed")
+    with pytest.raises(ValueError, match=r"run\.json\.gz"):
+        read(path)
