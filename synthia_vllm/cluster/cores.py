@@ -101,6 +101,10 @@ async def share_cores(claims: Claims, base: Sequence[int], compute_on: Callable[
     # The server asks and answers: it may run anywhere.
     bind(set())
     now = list(base)
+    if (everything := wanted_cpus(base, ())) != now:
+        # What oneDNN prepares for so many threads takes a while, once: not when it is needed.
+        await compute_on(everything)
+        await compute_on(now)
     while True:
         others = claims.others()
         wanted = wanted_cpus(base, others)

@@ -139,13 +139,14 @@ async def test_a_survivor_computes_on_all_cores_at_once_and_gives_them_up(tmp_pa
     other = hold(CORES[1])
     running = asyncio.create_task(share_cores(Claims(tmp_path), [CORES[0]], compute_on))
     try:
-        await asyncio.sleep(0.2)
-        assert told == []
-        other.send_signal(signal.SIGKILL)
-        await until_told(1)
-        await asyncio.to_thread(hold, CORES[1])
         await until_told(2)
+        await asyncio.sleep(0.2)
+        assert [len(cpus) for cpus in told] == [len(told[0]), 1]  # once beforehand
+        other.send_signal(signal.SIGKILL)
+        await until_told(3)
+        await asyncio.to_thread(hold, CORES[1])
+        await until_told(4)
     finally:
         running.cancel()
-    assert {core_of(cpu) for cpu in told[0]} == {core_of(cpu) for cpu in CORES}
-    assert told[1] == [CORES[0]]
+    assert {core_of(cpu) for cpu in told[2]} == {core_of(cpu) for cpu in CORES}
+    assert told[1] == told[3] == [CORES[0]]

@@ -35,6 +35,7 @@ def test_a_cpu_gets_eager_mode_and_its_tuning(tmp_path: Path, monkeypatch: pytes
     assert "--enforce-eager" in plan.arguments
     assert plan.environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
     assert "libiomp5" in plan.environment["LD_PRELOAD"]
+    assert plan.environment["KMP_USE_YIELD"] == "0"
     assert "--enforce-eager" not in plan_engine(settings(tmp_path, engine={"compile": True}), machine(24)).arguments
 
 
