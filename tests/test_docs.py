@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chaos, cluster, cost, exporter, fairness, serving
+from benchmarks import chaos, cluster, cost, eval_agreement, eval_speed, exporter, fairness, serving
 from synthia_vllm.cli.doctor import TCMALLOC_COST
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,9 @@ def results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("benchmark", [serving, cost, fairness, cluster, chaos, exporter])
+@pytest.mark.parametrize(
+    "benchmark", [serving, cost, fairness, cluster, chaos, exporter, eval_agreement, eval_speed]
+)
 def test_the_figures_quoted_are_the_ones_measured(benchmark: Any) -> None:
     name = benchmark.__name__.rpartition(".")[2]
     assert benchmark.markdown(results(name)) in (ROOT / "README.md").read_text()

@@ -151,7 +151,7 @@ def cpu_environment() -> dict[str, str]:
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
         # Intel's OpenMP: a thread that waits for the others does not give its core away meanwhile. Whoever else wants
-        # it keeps it for milliseconds, hundreds of times a step: a busy process made steps five times longer, not twice.
+        # it keeps it for milliseconds, hundreds of times a step: a busy process made steps five times longer.
         "KMP_USE_YIELD": os.environ.get("KMP_USE_YIELD", "0"),
         "LD_PRELOAD": ":".join([*missing, *([given] if given else [])]),
     }
