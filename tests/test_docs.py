@@ -26,9 +26,7 @@ def results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize(
-    "benchmark", [serving, cost, fairness, cluster, chaos, exporter, eval_agreement, eval_speed]
-)
+@pytest.mark.parametrize("benchmark", [serving, cost, fairness, cluster, chaos, exporter, eval_agreement, eval_speed])
 def test_the_figures_quoted_are_the_ones_measured(benchmark: Any) -> None:
     name = benchmark.__name__.rpartition(".")[2]
     assert benchmark.markdown(results(name)) in (ROOT / "README.md").read_text()
