@@ -14,7 +14,7 @@ from markupsafe import Markup
 from benchmarks.load.fairness import fairness
 from benchmarks.load.pictures import Pictures
 from benchmarks.load.plots import Plot
-from benchmarks.load.run_file import Run, read
+from benchmarks.load.run_file import Run, read, report_beside
 from benchmarks.load.summary import METRICS, Summary, load_of
 from benchmarks.load.targets import targets
 
@@ -57,7 +57,7 @@ def command(file: Path, output: Path | None) -> None:
         run = read(file)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    output = output or file.with_suffix(".html")
+    output = output or report_beside(file)
     write_report(run, output)
     click.echo(output)
 

@@ -22,7 +22,7 @@ from benchmarks.load.measuring import Terms
 from benchmarks.load.peers import GROUPS, Group, Plan, Say, Up, cluster_group, machine_group
 from benchmarks.load.profiles import NEAREST, PROFILES, Part, Profile
 from benchmarks.load.records import Recorder, default_path, new_run
-from benchmarks.load.run_file import Measurement
+from benchmarks.load.run_file import Measurement, report_beside
 from benchmarks.load.servers import plan_of, running_already
 from benchmarks.load.trace import read_trace
 from benchmarks.load.users import read_users
@@ -249,6 +249,6 @@ def finish(recorder: Recorder, console: Console) -> None:
         console.print(f"the simulator is not checked: {error}", highlight=False, markup=False)
     else:
         write(run, recorder.path)
-    page = recorder.path.with_suffix(".html")
+    page = report_beside(recorder.path)
     write_report(run, page)
     console.print(f"written: {recorder.path} and {page}", highlight=False)

@@ -114,10 +114,15 @@ def read(path: Path) -> Run:
         raise ValueError(f"{path} is not a result of `synthia-vllm bench` of this version: {error}") from error
 
 
+def report_beside(path: Path) -> Path:
+    """Where a run's report goes: `run.html` for `run.json` and for `run.json.gz`."""
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".json") + ".html")
+
+
 def write(run: Run, path: Path) -> None:
     """Replaces the file in one step, so that an interrupted run leaves the former one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     text = run.model_dump_json(exclude_defaults=True) + "\n"
-    beside.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+    beside.write_bytes(gzip.compress(text.encode(), 6, mtime=0) if path.suffix == ".gz" else text.encode())
     beside.replace(path)

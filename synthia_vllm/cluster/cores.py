@@ -26,7 +26,7 @@ from synthia_vllm.cluster.share import core_of, physical_cores
 
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's
 _WORKER = "VLLM::Worker"  # vLLM's title of the process that computes
-_CAN_BIND = hasattr(os, "sched_setaffinity")  # Linux
+CAN_BIND = hasattr(os, "sched_setaffinity")  # Linux
 _LOOK_S = 0.5  # for newcomers; that one has ended is told by the kernel
 
 
@@ -62,17 +62,25 @@ class Claims:
             with contextlib.suppress(FileNotFoundError):  # another one has removed it
                 if path == self._own:
                     continue
-                claim = msgspec.json.decode(path.read_bytes(), type=Claim)
-                if claim.stands():
+                claim = _read(path)
+                if claim is not None and claim.stands():
                     found.append(claim)
                 else:
                     path.unlink()
         return found
 
 
+def _read(path: Path) -> Claim | None:
+    """None for what is no claim: of another version, or cut off on a full disk."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Claim)
+    except msgspec.DecodeError:
+        return None
+
+
 def start_on_free_cores(claims: Claims) -> None:
     """Binds this process to cores that no other claims, and claims them; where there are none, to half of them all."""
-    if not _CAN_BIND:
+    if not CAN_BIND:
         return
     everything = _allowed()
     free = everything.difference(*(claim.cpus for claim in claims.others()))
@@ -82,7 +90,7 @@ def start_on_free_cores(claims: Claims) -> None:
 
 def bind(cpus: Set[int], process: psutil.Process | None = None) -> None:
     """Binds every thread of a process, by default this one, and so what it will start, to these CPUs. None: to all."""
-    if not _CAN_BIND:
+    if not CAN_BIND:
         return
     with contextlib.suppress(psutil.Error):
         for thread in (process or psutil.Process()).threads():
@@ -135,8 +143,10 @@ async def _one_ends(claims: Sequence[Claim], seconds: float) -> None:
         for pid in {pid for claim in claims for pid, _ in claim.processes}:
             try:
                 descriptor = os.pidfd_open(pid)
-            except OSError:  # it has
+            except ProcessLookupError:  # it has
                 return
+            except OSError:  # not allowed here, or too many open files: the time will do
+                continue
             watched.callback(os.close, descriptor)
             loop.add_reader(descriptor, ended.set)
             watched.callback(loop.remove_reader, descriptor)

@@ -7,7 +7,7 @@ Checked on Ray 2.60.0 with vLLM 0.29.0; what is used of their insides is the app
 import asyncio
 import os
 
-from synthia_vllm.cluster.cores import BINDING, Claims, bind, share_cores, start_on_free_cores
+from synthia_vllm.cluster.cores import BINDING, CAN_BIND, Claims, bind, share_cores, start_on_free_cores
 
 if os.environ.get(BINDING) == "auto":  # before vLLM is imported, which is most of a start
     start_on_free_cores(Claims())
@@ -33,7 +33,7 @@ from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import Settings
 
 # Set for replicas on a CPU; a binding that Ray was started with wins.
-_SHARES_CORES = os.environ.get(BINDING) == "auto"
+_SHARES_CORES = CAN_BIND and os.environ.get(BINDING) == "auto"
 OWN_CONFIG = "synthia"  # our part of LLMConfig.experimental_configs
 
 

@@ -99,6 +99,12 @@ def test_a_claim_ends_with_any_of_its_processes(tmp_path: Path) -> None:
         assert starts_on(tmp_path) == set(CORES)
 
 
+def test_what_is_no_claim_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "1.json").write_text('{"cpus": [0')
+    assert starts_on(tmp_path) == set(CORES)
+    assert not (tmp_path / "1.json").exists()
+
+
 def test_it_can_have_all_cores_again(tmp_path: Path, hold: Hold) -> None:
     hold(CORES[0])
     assert starts_on(tmp_path, "bind(set())") == set(CORES)

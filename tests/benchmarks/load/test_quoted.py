@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.load.quoted import main, markdown
-from benchmarks.load.run_file import Server, read, write
+from benchmarks.load.run_file import Server, read, report_beside, write
 from tests.benchmarks.load.synthetic import closed, run
 
 
@@ -35,6 +35,7 @@ def test_it_is_printed_from_a_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     write(run([closed(64, workload="closed loop")]), path)
     assert read(path).measurements[0].server == "ours"
+    assert report_beside(path) == tmp_path / "run.html"
     assert "`ours`" in CliRunner().invoke(main, [str(path)], catch_exceptions=False).output
 
 
