@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import chaos, cluster, cost, eval_agreement, eval_speed, exporter, fairness, serving
+from benchmarks.load import quoted
+from benchmarks.load.run_file import read
 from synthia_vllm.cli.doctor import TCMALLOC_COST
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,11 @@ def results(name: str) -> Any:
 def test_the_figures_quoted_are_the_ones_measured(benchmark: Any) -> None:
     name = benchmark.__name__.rpartition(".")[2]
     assert benchmark.markdown(results(name)) in (ROOT / "README.md").read_text()
+
+
+def test_the_comparison_quoted_is_the_one_measured() -> None:
+    run = read(ROOT / "benchmarks" / "results" / "quick.json.gz")
+    assert quoted.markdown(run) in (ROOT / "README.md").read_text()
 
 
 def test_doctor_quotes_what_was_measured() -> None:
