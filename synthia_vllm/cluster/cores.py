@@ -24,7 +24,6 @@ import psutil
 
 from synthia_vllm.cluster.share import core_of, physical_cores
 
-BINDING = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's
 _WORKER = "VLLM::Worker"  # vLLM's title of the process that computes
 CAN_BIND = hasattr(os, "sched_setaffinity")  # Linux
 _LOOK_S = 0.5  # for newcomers; that one has ended is told by the kernel

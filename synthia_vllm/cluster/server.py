@@ -7,9 +7,10 @@ Checked on Ray 2.60.0 with vLLM 0.29.0; what is used of their insides is the app
 import asyncio
 import os
 
-from synthia_vllm.cluster.cores import BINDING, CAN_BIND, Claims, bind, share_cores, start_on_free_cores
+from synthia_vllm.cluster.cores import CAN_BIND, Claims, bind, share_cores, start_on_free_cores
+from synthia_vllm.engine.hardware import CPU_BINDING, inspect_machine
 
-if os.environ.get(BINDING) == "auto":  # before vLLM is imported, which is most of a start
+if os.environ.get(CPU_BINDING) == "auto":  # before vLLM is imported, which is most of a start
     start_on_free_cores(Claims())
 
 from dataclasses import replace
@@ -25,7 +26,6 @@ from vllm.tokenizers import get_tokenizer
 from synthia_vllm.cluster.guard import Guard, engine_key
 from synthia_vllm.cluster.share import Share, share_of
 from synthia_vllm.engine.arguments import CPU_WORKER
-from synthia_vllm.engine.hardware import inspect_machine
 from synthia_vllm.engine.memory import choose_kv_bytes, read_geometry
 from synthia_vllm.engine.server import warm_up
 from synthia_vllm.engine.tokens import bos_lead
@@ -33,7 +33,7 @@ from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import Settings
 
 # Set for replicas on a CPU; a binding that Ray was started with wins.
-_SHARES_CORES = CAN_BIND and os.environ.get(BINDING) == "auto"
+_SHARES_CORES = CAN_BIND and os.environ.get(CPU_BINDING) == "auto"
 OWN_CONFIG = "synthia"  # our part of LLMConfig.experimental_configs
 
 
@@ -82,7 +82,7 @@ class Engine(LLMServer):  # type: ignore[misc]
             bind(set())  # what the share is of
         share = machine_share(self._settings)
         if _SHARES_CORES and share.cpus != "auto":
-            os.environ[BINDING] = share.cpus
+            os.environ[CPU_BINDING] = share.cpus
             cores = {int(cpu) for cpu in share.cpus.split(",")}
             bind(cores)
             Claims().make(cores)

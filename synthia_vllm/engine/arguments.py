@@ -10,7 +10,7 @@ from pathlib import Path
 
 from synthia_vllm.engine.demo import NAME as DEMO_NAME
 from synthia_vllm.engine.demo import demo_model
-from synthia_vllm.engine.hardware import Machine, preload_libraries
+from synthia_vllm.engine.hardware import CPU_BINDING, Machine, preload_libraries
 from synthia_vllm.engine.memory import check_gpu_memory, choose_kv_bytes, read_config, read_geometry
 from synthia_vllm.engine.plugin import ENGINE_VARIABLE
 from synthia_vllm.engine.profiles import Profile, choose_profile
@@ -149,7 +149,7 @@ def cpu_environment() -> dict[str, str]:
     missing = [path for path in preload if path not in given]
     return {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto"),
+        CPU_BINDING: os.environ.get(CPU_BINDING, "auto"),
         # Intel's OpenMP: a thread that waits for the others does not give its core away meanwhile. Whoever else wants
         # it keeps it for milliseconds, hundreds of times a step: a busy process made steps five times longer.
         "KMP_USE_YIELD": os.environ.get("KMP_USE_YIELD", "0"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 
 GIB = 2**30
+# vLLM's: the CPUs that its worker computes on, or "auto".
+CPU_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True)

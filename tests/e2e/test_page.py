@@ -25,8 +25,12 @@ def sent(page: Page, text: str, tokens: int) -> Locator | None:
     replies, stop = page.locator("#said .assistant"), page.get_by_role("button", name="Stop")
     before = replies.count()
     send(page, text, tokens)
-    until(lambda: any(replies.all_inner_texts()[before:]) or stop.is_disabled(), "a reply or its end")
-    return replies.nth(before) if any(replies.all_inner_texts()[before:]) else None
+
+    def said() -> bool:
+        return any(replies.all_inner_texts()[before:])
+
+    until(lambda: said() or stop.is_disabled(), "a reply or its end")
+    return replies.nth(before) if said() else None
 
 
 def test_a_chat_with_the_real_model_and_its_charts(server: RunningServer, visit: Visit) -> None:
