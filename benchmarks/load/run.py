@@ -71,6 +71,11 @@ def names(context: click.Context, option: click.Parameter, value: str | None) ->
 @click.option("--key", help="--server: its key.")
 @click.option("--served-model", help="--server: the model's name there (default: the first that it lists).")
 @click.option("--chat", is_flag=True, help="--server: its chat route speaks the Synthia format.")
+@click.option(
+    "--keep-alive/--no-keep-alive",
+    default=True,
+    help="--server: use a connection again, or not, for one that closes them without saying so (llama.cpp).",
+)
 @click.option("--model", help="Folder, hub id or 'demo' (default: Synthia where there is a GPU, else demo).")
 @click.option("--peers", callback=names, metavar="A,B", help="Only these servers (default: all).")
 @click.option("--rounds", type=click.IntRange(1), help="Interleaved repeats (default: each load's).")

@@ -41,7 +41,13 @@ def target_of(url: str, options: Mapping[str, Any]) -> Target:
             model = listed["data"][0]["id"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
         raise click.ClickException(f"--server {url}: no answer from {url}/v1/models: {error!r}") from error
-    return Target(url, model, options["key"], chat=bool(options.get("chat")))
+    return Target(
+        url,
+        model,
+        options["key"],
+        chat=bool(options.get("chat")),
+        keep_alive=options.get("keep_alive", True),
+    )
 
 
 @contextmanager

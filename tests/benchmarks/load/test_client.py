@@ -1,5 +1,6 @@
 """What a request's client says of a server that is not well, over real HTTP."""
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -103,6 +104,28 @@ async def test_replies_without_token_ids_are_judged_by_their_chunks(events: tupl
     found = await send(answering(*events))
     assert found.error == error
     assert found.seen_tokens is None
+
+
+async def test_a_server_that_does_not_keep_its_connections_gets_new_ones() -> None:
+    """As llama.cpp's: it promises to keep the connection and closes it."""
+    events = [chunk("a")] * 8 + [LENGTH, usage(12, 8), "[DONE]"]
+    body = "".join(f"data: {event}\n\n" for event in events).encode()
+    head = f"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=5\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    connections = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head + body)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with Client(Target(f"http://127.0.0.1:{port}", "null", keep_alive=False)) as client:
+            found = [await client.send(CALL, start=time.perf_counter(), due_s=0.0) for _ in range(5)]
+    assert [one.error for one in found] == [None] * 5
+    assert connections == 5
 
 
 async def test_a_user_with_a_key_shows_it() -> None:
