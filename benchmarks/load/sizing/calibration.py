@@ -27,7 +27,8 @@ from benchmarks.load.summary import tokens_of, ttft
 
 Floats = NDArray[np.float64]
 _KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-_FEWEST_STEPS = 20  # near a knot; else it is left out
+# Steps without prompts so near a knot that they are no other's; with fewer it is left out.
+_FEWEST_STEPS, _NEAR = 20, 1.15
 _NOISE_QUANTILES = 1000
 _NOISE_BOUNDS = 0.1, 20.0
 _IDLE_WEIGHT = 3.0  # of a first token in the fit, against that of a whole reply
@@ -58,7 +59,7 @@ def calibrate(
     steps = [found for measurement in measurements if (found := steps_of(measurement)) is not None]
     if not steps:
         raise ValueError("no reply with at least two chunks: nothing to calibrate on")
-    knots = _knots(np.concatenate([one.sequences for one in steps]))
+    knots = _knots(steps)
     decode_s, prompt_step_s, prefill_s, overhead_s = _fit(steps, _idle(measurements), knots)
     model = EngineModel(
         knots=tuple(float(knot) for knot in knots),
@@ -176,13 +177,19 @@ def nnls(matrix: Floats, wanted: Floats, rounds: int = 3000) -> Floats:
     return np.asarray(weights / scale)
 
 
-def _knots(sequences: Floats) -> Floats:
-    """Those of the usual ones that were met often enough, and the ends of what was."""
+def _knots(steps: Sequence[Steps]) -> Floats:
+    """Those of the usual ones that were met often enough, and the ends of what was.
+
+    In steps that decode only, if there are any: in numbers that a batch merely passes while its prompts are computed,
+    it would be open how much of a step is the prompts'.
+    """
+    decoding = np.concatenate([one.sequences[one.prompt_tokens == 0] for one in steps])
+    sequences = decoding if len(decoding) else np.concatenate([one.sequences for one in steps])
     highest = float(np.percentile(sequences, 99))
     near = [
         float(knot)
         for knot in _KNOTS
-        if knot < highest and int(((sequences > knot / 1.3) & (sequences < knot * 1.3)).sum()) >= _FEWEST_STEPS
+        if knot < highest and int(((sequences > knot / _NEAR) & (sequences < knot * _NEAR)).sum()) >= _FEWEST_STEPS
     ]
     return np.unique([max(1.0, float(sequences.min())), *near, highest])
 
