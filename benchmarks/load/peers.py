@@ -212,11 +212,11 @@ def _cluster(plan: Plan, names: Sequence[str], logs: Path) -> Iterator[list[Up]]
     from rich.console import Console
 
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # of what `ray.serve.llm` imports of vLLM here
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # Ray's import makes all loggers speak
     from benchmarks import cluster
     from synthia_vllm.cluster.guard import engine_key
     from synthia_vllm.settings import load_settings
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # Ray's import makes all loggers speak
     words = ["--model", plan.model, "--cluster.replicas", str(plan.replicas)]
     words += ["--engine.max-model-len", str(CONTEXT), "--engine.kv-cache-gib", str(plan.kv_cache_gib)]
     before = os.environ.get("SYNTHIA_DATA")

@@ -1,9 +1,10 @@
-"""The tables that the README quotes from a run: closed loops, and ours against each of the others.
+"""The tables that the README quotes from a run: closed loops, ours against the others, what the simulator foretold.
 
-python -m benchmarks.load.quoted benchmarks/results/full.json
+python -m benchmarks.load.quoted benchmarks/results/full.json.gz
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -36,7 +37,23 @@ def markdown(run: Run) -> str:
         ratio = summary.ratio(ours, theirs, loads[streams]) if streams in loads else None
         if ratio is not None:
             lines.append(f"| `{ours}` / `{theirs}`, {streams} streams | {ratio.text()} |")
+    if run.sizing:
+        lines += ["", *_foretold(run.sizing)]
     return "\n".join(lines)
+
+
+def _foretold(sizing: dict[str, Any]) -> list[str]:
+    """The loads that the simulator had not seen (`sizing.check`)."""
+    figures = ("ttft_p50", 1000), ("ttft_p99", 1000), ("throughput", 1)
+    lines = ["| simulated / measured | TTFT p50, ms | TTFT p99, ms | tokens/s |", "|---|---|---|---|"]
+    for row in sizing["rows"]:
+        if not row["calibrated"]:
+            cells = [
+                f"{row[f'simulated_{name}'] * unit:.0f} / {row[f'measured_{name}'] * unit:.0f} ({error:+.1%})"
+                for (name, unit), error in zip(figures, row["errors"], strict=True)
+            ]
+            lines.append(f"| {row['load']} | {' | '.join(cells)} |")
+    return lines
 
 
 @click.command()

@@ -61,8 +61,8 @@ def check(run_: Run, server: str | None = None) -> Run:
     held = hold_out(list(loads))
     if len(held) < HELD_OUT:
         raise ValueError(
-            f"{name} was measured under {len(loads)} loads of streams or rates; {HELD_OUT} to predict and at least two "
-            "to calibrate on are needed: run more with `synthia-vllm bench run`"
+            f"{HELD_OUT} loads to predict are needed, each between two others of its kind; of {name}'s {len(loads)} "
+            f"{len(held)} are: run more with `synthia-vllm bench run`, as with --rates 1,2,4,6,8"
         )
     cluster = Cluster(fair_queue=_is_ours(name))
     training = [m for load, measurements in loads.items() if load not in held for m in measurements]

@@ -107,12 +107,12 @@ def command(
 def store(run: Run, wanted: "Wanted", answer: "Answer", file: Path) -> None:
     """Into the run's file beside the check, and the report anew if there is one."""
     from benchmarks.load.report import write_report
-    from benchmarks.load.run_file import write
+    from benchmarks.load.run_file import report_beside, write
     from benchmarks.load.sizing.check import answered
 
     run = answered(run, wanted, answer)
     write(run, file)
-    if (page := file.with_suffix(".html")).exists():
+    if (page := report_beside(file)).exists():
         write_report(run, page)
 
 

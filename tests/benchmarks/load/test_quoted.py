@@ -30,6 +30,18 @@ def test_ratios_are_of_pairs_that_were_measured() -> None:
     assert ratios[0].startswith("| `ours` / `vllm-default`, 64 streams | 1.0")
 
 
+def test_what_the_simulator_foretold_stands_beside_what_was_measured() -> None:
+    row = {
+        "load": "open loop, 2/s", "calibrated": False, "errors": [-0.1, 0.05, 0.0],
+        "simulated_ttft_p50": 0.045, "measured_ttft_p50": 0.05, "simulated_ttft_p99": 0.105, "measured_ttft_p99": 0.1,
+        "simulated_throughput": 127.0, "measured_throughput": 127.0,
+    }  # fmt: skip
+    sizing = {"rows": [row, row | {"load": "seen before", "calibrated": True}]}
+    lines = markdown(run([closed(64, workload="closed loop")], sizing=sizing)).splitlines()
+    assert lines[-1] == "| open loop, 2/s | 45 / 50 (-10.0%) | 105 / 100 (+5.0%) | 127 / 127 (+0.0%) |"
+    assert not any("seen before" in line for line in lines)
+
+
 @pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
 def test_it_is_printed_from_a_file(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmarks.load.run_file import read, write
+from benchmarks.load.run_file import read, report_beside, write
 from benchmarks.load.sizing.answer import Wanted, size
 from benchmarks.load.sizing.command import command
 from benchmarks.load.sizing.engine_model import EngineModel
@@ -43,9 +43,9 @@ def test_an_slo_that_a_request_alone_misses_has_no_answer() -> None:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = [closed(n) for n in (1, 8)] + [open_loop(rate, requests=40) for rate in (1.0, 2.0, 3.0, 4.0, 5.0)]
-    path = tmp_path_factory.mktemp("size") / "run.json"
+    path = tmp_path_factory.mktemp("size") / "run.json.gz"
     write(run(made), path)
-    path.with_suffix(".html").write_text("the former one")
+    report_beside(path).write_text("the former one")
     return path
 
 
@@ -70,7 +70,7 @@ def test_the_command_saves_its_answer_and_its_check(done: Result, file: Path) ->
 
 
 def test_the_answer_is_in_the_report(done: Result, file: Path) -> None:
-    assert "replicas for 20 requests a second of 1 users" in file.with_suffix(".html").read_text()
+    assert "replicas for 20 requests a second of 1 users" in report_beside(file).read_text()
 
 
 def test_the_command_fails_where_nothing_holds(file: Path) -> None:

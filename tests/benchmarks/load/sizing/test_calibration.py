@@ -92,7 +92,7 @@ def test_the_check_predicts_three_loads_it_did_not_see() -> None:
 
 
 def test_too_few_loads_are_an_error_that_says_what_is_needed() -> None:
-    with pytest.raises(ValueError, match="3 to predict"):
+    with pytest.raises(ValueError, match="3 loads to predict are needed"):
         check(run([closed(1), closed(8)]))
 
 
