@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import importlib.util
 import signal
 import sys
 import tempfile
@@ -32,6 +33,8 @@ SAMPLING: Mapping[str, Mapping[str, Any]] = {
     "greedy": GREEDY,
     "card": {name: value for name, value in SAMPLING_DEFAULTS.items() if name != "max_tokens"},
 }
+# Of the report and of the sizing's check: rather missed now than after an hour.
+_NEEDED_AT_THE_END = ("matplotlib", "numba")
 # What the last group may take of the time, where there are two; and to stop everything.
 _CLUSTER_SHARE, _STOPPING_S = 0.25, 45.0
 
@@ -115,6 +118,9 @@ def command(output: Path | None, **options: Any) -> None:
     """
     console = Console(stderr=True, soft_wrap=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
+    for package in _NEEDED_AT_THE_END:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     profile = profile_of(options)
     output = output or default_path(profile.name)
     said = {name: value for name, value in options.items() if name != "key"}

@@ -14,8 +14,8 @@ SUBCOMMANDS = {
     "compare": ("benchmarks.load.compare", "Hold a run against an older one; fails where it is worse."),
     "size": ("benchmarks.load.sizing.command", "Find how many replicas a load needs, by simulation."),
 }
-# In a wheel or an image without the benchmark's own packages.
-CURE = "install synthia-vllm[bench], or run it in a checkout of the repository"
+# In a wheel, an image or a checkout without the benchmark's own packages.
+CURE = 'install synthia-vllm[bench]; in a checkout of the repository `make bench` does, and takes ARGS="more options"'
 
 
 @click.group("bench", cls=LazyGroup, lazy=SUBCOMMANDS, cure=CURE)

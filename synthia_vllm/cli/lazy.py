@@ -26,15 +26,19 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.lazy:
             return None
+        command = importlib.import_module(self.lazy[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # A command may import what it needs late.
         try:
-            command = importlib.import_module(self.lazy[cmd_name][0]).command
+            return super().invoke(ctx)
         except ModuleNotFoundError as error:
             if self.cure is None:
                 raise
-            message = f"{cmd_name} needs {error.name}, which is not installed; {self.cure}"
+            message = f"{ctx.info_name} needs {error.name}, which is not installed; {self.cure}"
             raise click.ClickException(message) from error
-        assert isinstance(command, click.Command)
-        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -32,6 +32,17 @@ def test_every_command_has_help(command: str) -> None:
     assert "synthia-vllm" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [("matplotlib", ["run", "--server", "http://127.0.0.1:1"]), ("numba", ["size", __file__, "--rate", "1"])],
+)
+def test_a_package_that_is_missing_is_named_with_the_cure_and_at_once(package: str, words: list[str]) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from synthia_vllm.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "bench", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: bench needs {package}, which is not installed; install synthia-vllm[bench]")
+
+
 def test_an_unknown_command_is_refused() -> None:
     assert CliRunner().invoke(cli, ["nonsense"]).exit_code == 2
 
