@@ -7,7 +7,8 @@ import signal
 import threading
 from multiprocessing.process import BaseProcess
 
-ENGINE_VARIABLE = "SYNTHIA_ENGINE"
+# Not SYNTHIA_ENGINE: that is the settings' section of this name, also to a replica that reads them in the same process.
+ENGINE_VARIABLE = "SYNTHIA_ENGINE_PROCESS"
 _LOOK_S = 2.0
 
 

@@ -70,3 +70,11 @@ def test_the_engine_sends_its_spans_where_ours_go(tmp_path: Path) -> None:
     assert plan.arguments[at + 1] == tracing["otlp_endpoint"]
     assert plan.environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == "http/protobuf"
     assert "--otlp-traces-endpoint" not in plan_engine(settings(tmp_path), machine(24)).arguments
+
+
+def test_the_engines_environment_is_no_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas on Ray read their settings with it."""
+    before = Settings()
+    for name, value in plan_engine(settings(tmp_path), machine(24)).environment.items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == before

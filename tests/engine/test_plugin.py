@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from synthia_vllm.engine.plugin import ENGINE_VARIABLE
+
 _SERVER = """
 import multiprocessing, time
 from synthia_vllm.engine.plugin import register
@@ -27,7 +29,7 @@ if __name__ == "__main__":
 def test_an_engine_ends_with_a_server_that_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "server.py"
     script.write_text(_SERVER)
-    environment = {**os.environ, "SYNTHIA_ENGINE": "1"}
+    environment = {**os.environ, ENGINE_VARIABLE: "1"}
     server = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
     assert server.stdout is not None
     engine = psutil.Process(int(server.stdout.readline()))
