@@ -32,7 +32,8 @@ class SharedLimiter:
 
     Open calls are leases that a heartbeat renews; one that lapses gives back its reservation, and what its call used
     is then not counted. While Redis is gone: `closed` raises Overloaded (503), `local` counts in this process; what
-    Redis knew before it went comes back with it, what was counted locally does not go there.
+    Redis knew before it went comes back with it, what was counted locally does not go there. It is gone where it
+    can't be reached, or does not answer, for `timeout` seconds.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class SharedLimiter:
         on_loss: OnLoss = "local",
         spent: Spent | None = None,
         lease: float = LEASE_S,
+        timeout: float = _TIMEOUT_S,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._redis = redis.asyncio.Redis.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
         )
         self._script = self._redis.register_script(files(__package__).joinpath("limits.lua").read_text())
         self._on_loss = on_loss
