@@ -61,8 +61,8 @@ def check(run_: Run, server: str | None = None) -> Run:
     held = hold_out(list(loads))
     if len(held) < HELD_OUT:
         raise ValueError(
-            f"{HELD_OUT} loads to predict are needed, each between two others of its kind; of {name}'s {len(loads)} "
-            f"{len(held)} are: run more with `synthia-vllm bench run`, as with --rates 1,2,4,6,8"
+            f"{HELD_OUT} loads to predict are needed, each between two others of its kind; {name} has {len(held)} "
+            f"(of {len(loads)} loads): run more with `synthia-vllm bench run`, as with --rates 1,2,4,6,8"
         )
     cluster = Cluster(fair_queue=_is_ours(name))
     training = [m for load, measurements in loads.items() if load not in held for m in measurements]
