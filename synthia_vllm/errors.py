@@ -9,6 +9,9 @@ SynthiaError
 │   ├── MethodNotAllowed (405)
 │   ├── BodyTimeout (408)       the body did not arrive in time
 │   ├── BodyTooLarge (413)
+│   ├── UnsupportedMedia (415)  a body in a form that is not read here
+│   ├── ModelNotFound (404)     no model of that name is served
+│   ├── ContextTooLong (400)    prompt and reply don't fit the model's context
 │   ├── LimitExceeded (429)     this user's limit; tells when to come back
 │   ├── UpstreamLost (502)      the engine can't be reached, or broke off
 │   ├── Overloaded (503)        our overload: the queue is full or too slow; tells when to come back
@@ -18,7 +21,7 @@ SynthiaError
 """
 
 import math
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 
 class SynthiaError(Exception):
@@ -29,8 +32,8 @@ class RequestError(SynthiaError):
     """A request that can't be served. `param` names the field at fault, as in OpenAI's error object."""
 
     status = 400
-    type = "invalid_request_error"
-
+    type = "invalid_request_error"  # as OpenAI names it; `api.errors` knows the others' names
+    code: str | None = None  # as OpenAI names it
     reason = "bad_request"  # one word, for metrics and logs
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
@@ -38,10 +41,6 @@ class RequestError(SynthiaError):
         self.message = message
         self.param = param
         self.headers: list[tuple[bytes, bytes]] = []
-
-    def body(self) -> dict[str, Any]:
-        """The error in OpenAI's shape."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.status}}
 
 
 class MalformedBody(RequestError):
@@ -55,7 +54,7 @@ class Unauthorized(RequestError):
     """No key, or none that opens anything. One text for all cases: it tells a guesser nothing."""
 
     status = 401
-    type = "authentication_error"
+    code = "invalid_api_key"
     reason = "unauthorized"
 
     def __init__(self) -> None:
@@ -70,7 +69,7 @@ class Forbidden(RequestError):
     """A valid key that does not open this."""
 
     status = 403
-    type = "permission_error"
+    code = "permission_denied"
     reason = "forbidden"
 
 
@@ -80,18 +79,57 @@ class NotFound(RequestError):
     status = 404
     reason = "not_found"
 
+    code: str | None = "not_found"
+
     def __init__(self, path: str) -> None:
         super().__init__(f"there is nothing at {path}; the routes are listed in the README")
+
+
+class ModelNotFound(RequestError):
+    """No model of that name is served here."""
+
+    status = 404
+    code = "model_not_found"
+    reason = "model_not_found"
+
+    def __init__(self, name: str, names: Iterable[str]) -> None:
+        super().__init__(f"there is no model {name[:100]!r} here; it serves {', '.join(names)}", param="model")
+
+
+class ContextTooLong(RequestError):
+    """The prompt and the wanted reply don't fit the model's context. Counts are tokens."""
+
+    code = "context_length_exceeded"
+    reason = "context_too_long"
+
+    def __init__(
+        self, prompt: int, wanted: int, limit: int, *, param: str, prompt_param: str, at_least: bool = False
+    ) -> None:
+        if prompt >= limit:
+            has = "at least " if at_least else ""
+            super().__init__(
+                f"the prompt has {has}{prompt} tokens, and the model's context {limit} for prompt and reply; "
+                "shorten the prompt",
+                param=prompt_param,
+            )
+        else:
+            super().__init__(
+                f"a prompt of {prompt} tokens and {param} {wanted} exceed the model's context of {limit} tokens; "
+                f"shorten the prompt or ask for at most {limit - prompt}",
+                param=param,
+            )
 
 
 class MethodNotAllowed(RequestError):
     """The route is there, for another method."""
 
     status = 405
+    code = "method_not_allowed"
     reason = "not_found"
 
-    def __init__(self, path: str, method: str) -> None:
-        super().__init__(f"{path} is asked with {method}")
+    def __init__(self, path: str, allowed: Sequence[str]) -> None:
+        super().__init__(f"{path} is asked with {' or '.join(allowed)}")
+        self.headers = [(b"allow", ", ".join(allowed).encode())]
 
 
 class BodyTimeout(RequestError):
@@ -109,10 +147,19 @@ class BodyTooLarge(RequestError):
     """The body is over the limit."""
 
     status = 413
+    code = "request_too_large"
     reason = "body_too_large"
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"the request body is over {limit} bytes; raise --max-body-bytes or send less", param="body")
+
+
+class UnsupportedMedia(RequestError):
+    """A body whose form is not read here."""
+
+    status = 415
+    code = "unsupported_media_type"
+    reason = "unsupported_media"
 
 
 class RetryLater(RequestError):
@@ -130,6 +177,7 @@ class LimitExceeded(RetryLater):
 
     status = 429
     type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
     def __init__(self, name: str, limit: int, retry_after: float) -> None:
         super().__init__(f"your limit of {limit} {name.replace('_', ' ')} is reached", retry_after)
@@ -140,7 +188,8 @@ class Overloaded(RetryLater):
     """More is asked of us than we can answer in time."""
 
     status = 503
-    type = "overloaded_error"
+    type = "server_error"
+    code = "overloaded"
     reason = "overloaded"
 
 
@@ -154,7 +203,8 @@ class UpstreamLost(RequestError):
     """The engine can't be reached, or broke off before its first byte."""
 
     status = 502
-    type = "upstream_error"
+    type = "server_error"
+    code = "upstream_lost"
     reason = "upstream_lost"
 
 
@@ -162,6 +212,7 @@ class UpstreamTimeout(UpstreamLost):
     """The engine sent nothing for too long."""
 
     status = 504
+    code = "upstream_timeout"
     reason = "upstream_timeout"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from synthia_vllm.engine.arguments import plan_engine
 from synthia_vllm.engine.hardware import inspect_machine
-from synthia_vllm.engine.tokens import bos_lead
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.prompt import SAMPLING_DEFAULTS, STOP_STRINGS, SYSTEM_PROMPTS, clean, template_path
 from synthia_vllm.settings import EngineSettings, PromptSettings, Settings
 
@@ -38,7 +38,7 @@ class Synthia:
         self.settings = settings
         self.llm = _start(plan.arguments, options)
         self._template_kwargs = {
-            "bos_lead": bos_lead(self.llm.get_tokenizer()),
+            "bos_lead": Tokenizer.of(self.llm.get_tokenizer()).lead,
             "turn_end": settings.prompt.turn_end,
         }
         self._template = template_path(settings.prompt.style).read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from synthia_vllm.engine.demo import demo_model
-from synthia_vllm.engine.tokens import bos_lead
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.prompt import render, template_path
 from tests.prompt.test_format import conversation
 
@@ -39,7 +39,7 @@ def test_ids_are_the_cards_with_bos_once(
 ) -> None:
     tokenizer = request.getfixturevalue(tokenizer_name)
     messages, _, _ = conversation(turns, system)
-    options = {"chat_template": template_path(style).read_text(), "bos_lead": bos_lead(tokenizer)}
+    options = {"chat_template": template_path(style).read_text(), "bos_lead": Tokenizer.of(tokenizer).lead}
     sent = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
     lead = "" if style == "script" and system is None else options["bos_lead"]  # the script's text has its own blank

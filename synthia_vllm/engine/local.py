@@ -1,0 +1,176 @@
+"""vLLM's engine in this process, behind the port. Imports vLLM when an engine is asked for the first time."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import structlog
+
+from synthia_vllm.engine.port import Capacity, Delta, Generation, Position, Sampling, TokenLogprob
+from synthia_vllm.engine.tokenizer import Tokenizer
+from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost
+
+_READY_DEADLINE_S = 5.0
+_UNAVAILABLE = 503
+_CONTEXT_TOKENS = 8  # that a tokenizer may need before a token to know its text
+
+_log = structlog.get_logger(__name__)
+
+
+class LocalEngine:
+    """Generates with vLLM's AsyncLLM. One delta a step of the engine; several where the reader was slow come as one.
+
+    vLLM makes the text (its detokenizer runs in this process in any case) and finds the stop strings.
+    """
+
+    def __init__(self, llm: Any, tokenizer: Tokenizer, names: Sequence[str]) -> None:
+        self.tokenizer: Tokenizer | None = tokenizer
+        self.context: int | None = llm.model_config.max_model_len
+        self.root: str | None = llm.model_config.model
+        self._llm = llm
+        self._names = tuple(names)
+        self._canaries = 0
+
+    def capacity(self) -> Capacity:
+        """What the engine holds at once, by its own figures."""
+        cache, scheduler = self._llm.vllm_config.cache_config, self._llm.vllm_config.scheduler_config
+        return Capacity(cache.num_gpu_blocks * cache.block_size, scheduler.max_num_seqs, cache.block_size)
+
+    async def models(self) -> Sequence[str]:
+        return self._names
+
+    async def ready(self) -> bool:
+        """Asks for one token."""
+        self._canaries += 1
+        sampling = Sampling(max_tokens=1, temperature=0.0)
+        canary = Generation(id=f"synthia-ready-{self._canaries}", prompt=[1], sampling=sampling)
+        try:
+            async with asyncio.timeout(_READY_DEADLINE_S):
+                async for _ in self.generate(canary):
+                    pass
+        except (TimeoutError, RequestError):
+            return False
+        return True
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Delta, None]:
+        headers = generation.on_attempt("")
+        sampling = generation.sampling
+        begun = False
+        ending = None
+        if (sampling.stop_token_ids or not sampling.skip_special_tokens) and self.tokenizer is not None:
+            ending = _StopToken(self.tokenizer, generation)
+        # What vLLM's renderer makes of token ids (`vllm/inputs/engine.py`, tokens_input).
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(generation.prompt)}
+        if generation.salt:
+            prompt["cache_salt"] = generation.salt
+        with _errors_of_vllm(generation):
+            outputs = self._llm.generate(
+                prompt, sampling_params(sampling), generation.id, trace_headers=headers or None
+            )
+            async with aclosing(outputs):
+                async for output in outputs:
+                    (completion,) = output.outputs
+                    finish = completion.finish_reason
+                    if finish is not None and finish not in ("stop", "length"):
+                        raise _unfinished(finish, generation, begun=begun)
+                    delta = Delta(completion.token_ids, completion.text, finish, completion.stop_reason)
+                    if ending is not None:
+                        ending.cut(delta)
+                    if completion.logprobs is not None:
+                        delta.logprobs = [position(one) for one in completion.logprobs]
+                    if not begun:
+                        begun = True
+                        delta.cached = output.num_cached_tokens
+                        if output.prompt_logprobs is not None:
+                            # As many as the prompt has tokens, each with several: long enough to stop others.
+                            delta.prompt_logprobs = await asyncio.to_thread(
+                                _prompt_positions, output.prompt_logprobs, generation.prompt
+                            )
+                    yield delta
+
+
+@contextmanager
+def _errors_of_vllm(generation: Generation) -> Iterator[None]:
+    """Raises vLLM's errors as ours."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except GracefulHTTPError as error:
+        if error.http_status == _UNAVAILABLE:
+            raise Overloaded(error.message, 1.0) from None
+        raise RequestError(error.message) from None
+    except (VLLMClientError, ValueError) as error:
+        raise RequestError(str(error), param=getattr(error, "parameter", None)) from None
+    except EngineDeadError:
+        raise UpstreamLost("the engine has died; the server is ending") from None
+    except EngineGenerateError as error:
+        _log.exception("engine_failed", request=generation.id)
+        raise UpstreamLost(f"the engine failed on this request: {error.__cause__ or error}") from None
+
+
+class _StopToken:
+    """Takes the text of a stop token off the end, where it has one.
+
+    vLLM leaves it in together with stop strings (`include_stop_str_in_output`).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, generation: Generation) -> None:
+        self._tokenizer = tokenizer
+        self._skip = generation.sampling.skip_special_tokens
+        self._before = list(generation.prompt[-_CONTEXT_TOKENS:])
+
+    def cut(self, delta: Delta) -> None:
+        ids = list(delta.ids)
+        if delta.finish == "stop" and not isinstance(delta.stop_reason, str) and ids:
+            before = self._text([*self._before, *ids[:-1]][-_CONTEXT_TOKENS:])
+            whole = self._text([*self._before, *ids[:-1]][-_CONTEXT_TOKENS:] + ids[-1:])
+            delta.text = delta.text.removesuffix(whole[len(before) :])
+        self._before = [*self._before, *ids][-_CONTEXT_TOKENS:]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+def sampling_params(sampling: Sampling) -> Any:
+    """vLLM's own parameters."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    given = {
+        name: value
+        for name in sampling.__struct_fields__
+        if (value := getattr(sampling, name)) is not None and value != ()
+    }
+    for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids"):
+        if name in given:
+            given[name] = list(given[name])
+    if sampling.structured_outputs is not None:
+        given["structured_outputs"] = StructuredOutputsParams(**sampling.structured_outputs)
+    return SamplingParams(
+        **given, include_stop_str_in_output=True, output_kind=RequestOutputKind.DELTA, skip_clone=True
+    )
+
+
+def position(found: Mapping[int, Any] | None) -> Position:
+    """vLLM's log-probabilities at one place; the chosen token is the first."""
+    if not found:
+        return Position(TokenLogprob(-1, "", -9999.0), ())
+    entries = [TokenLogprob(token, one.decoded_token or "", one.logprob, one.rank) for token, one in found.items()]
+    return Position(entries[0], entries)
+
+
+def _prompt_positions(found: Sequence[Mapping[int, Any] | None], prompt: Sequence[int]) -> list[Position | None]:
+    """The first token of a prompt has none."""
+    return [None if one is None else position(one) for one in found[: len(prompt)]]
+
+
+def _unfinished(finish: str, generation: Generation, *, begun: bool) -> RequestError:
+    """An end that is none: the engine gave a sequence up."""
+    if not begun and generation.sampling.structured_outputs is not None:
+        return RequestError("the engine can't generate by this grammar or schema", param="structured_outputs")
+    if finish == "repetition":
+        return RequestError("the engine ended a repetition")
+    return UpstreamLost(f"the engine ended this request: {finish}")
