@@ -16,6 +16,7 @@ from synthia_vllm.prompt.contract import (
 )
 from synthia_vllm.prompt.format import Style, parse, render, template_path
 from synthia_vllm.prompt.reply import ReplyFilter, clean
+from synthia_vllm.prompt.stops import StopCutter
 
 __all__ = [
     "MAX_CLIENT_STOPS",
@@ -25,6 +26,7 @@ __all__ = [
     "SYSTEM_PROMPTS",
     "MarkerPolicy",
     "ReplyFilter",
+    "StopCutter",
     "Style",
     "clean",
     "escape_markers",

@@ -1,17 +1,14 @@
 """Messages to prompt text and back.
 
-The Jinja templates beside this module are the one definition of the format: vLLM is given the file, `render()` runs
-the same file. The Jinja environment is set up as transformers sets up its own (`utils/chat_template_utils.py`).
+vLLM is given the Jinja templates beside this module; `render()` writes the same text, many times as fast, which a test
+holds it to.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from typing import Any, Literal
 
 Style = Literal["card", "script"]
 Message = Mapping[str, Any]
@@ -27,16 +24,18 @@ def render(
     *,
     style: Style = "card",
     bos_token: str = "",
+    bos_lead: str = "",
     turn_end: str = "",
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
 ) -> str:
-    """The prompt text of a conversation, the same that vLLM renders.
+    """The prompt text of a conversation, the same that vLLM renders with the template.
 
     Messages are OpenAI's: `content` is a text or a list of text parts (joined by newlines); `developer` is `system`;
     several system messages are joined by a newline and go first; consecutive messages of one role are merged. With
     `continue_final_message` the prompt ends inside the last assistant message. `bos_token` is left empty for text
-    that a tokenizer will encode with its own special tokens.
+    that a tokenizer will encode with its own special tokens; `bos_lead` is what must stand between it and the first
+    role marker (see `engine/tokenizer.py`).
 
     Raises ValueError for a role or a part that Synthia has no form for, or a last message that can't be continued.
     """
@@ -44,9 +43,67 @@ def render(
         if not messages or messages[-1].get("role") != "assistant":
             raise ValueError("continue_final_message needs a last message of role 'assistant'")
         add_generation_prompt = False
-    return _template(style).render(
-        messages=messages, bos_token=bos_token, turn_end=turn_end, add_generation_prompt=add_generation_prompt
-    )
+    systems, turns = _sorted(messages)
+    written = [bos_token]
+    if systems or style == "card":
+        written.append(bos_lead)  # a turn of the script brings a blank of its own
+    if systems:
+        written.append(_opened("SYSTEM", "\n".join(systems), style))
+    last = ""
+    for role, text in turns:
+        if role == last:
+            written += ("\n", text)
+            continue
+        if last == "assistant":
+            written.append(turn_end)
+        written += (_between(style, first=not (systems or last)), _opened(role.upper(), text, style))
+        last = role
+    if add_generation_prompt:
+        if last == "assistant":
+            written.append(turn_end)
+        written += (_between(style, first=not (systems or last)), _opened("ASSISTANT", "", style))
+    return "".join(written)
+
+
+def _sorted(messages: Sequence[Message]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The texts of the system messages, and the turns of the others as (role, text)."""
+    systems, turns = [], []
+    for message in messages:
+        role, text = message.get("role"), _text(message.get("content"))
+        if role in ("system", "developer"):
+            systems.append(text)
+        elif role in ("user", "assistant"):
+            turns.append((role, text))
+        else:
+            raise ValueError(f"Synthia has no role {role!r}: use system, user or assistant")
+    return systems, turns
+
+
+def _opened(role: str, text: str, style: Style) -> str:
+    return f"{role}: {text}" if text or style == "script" else f"{role}:"
+
+
+def _between(style: Style, *, first: bool) -> str:
+    """What stands in front of a turn."""
+    if style == "script":
+        return " \n"
+    return "" if first else "\n"
+
+
+def _text(content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif part.get("type") in ("text", "input_text", "output_text"):
+            texts.append(part.get("text") or "")
+        else:
+            raise ValueError(f"Synthia reads text only: a content part of type {part.get('type')!r} can't be used")
+    return "\n".join(texts)
 
 
 def parse(text: str, *, style: Style = "card", bos_token: str = "", turn_end: str = "") -> list[dict[str, str]]:
@@ -78,17 +135,3 @@ def _turn(style: Style, turn_end: str) -> "re.Pattern[str]":
         return re.compile(r"(?:\A| \n)(USER|ASSISTANT|SYSTEM): ")
     empty = rf"(?=\n|\Z|{re.escape(turn_end)}(?:\n|\Z))"
     return re.compile(rf"(?:\A|\n)(USER|ASSISTANT|SYSTEM):(?: |{empty})")
-
-
-@lru_cache
-def _template(style: Style) -> "Template":
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise ValueError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template_path(style).read_text(encoding="utf-8"))

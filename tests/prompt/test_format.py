@@ -1,11 +1,13 @@
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from synthia_vllm.prompt import SYSTEM_PROMPTS, find_marker, parse, render
+from synthia_vllm.prompt import SYSTEM_PROMPTS, find_marker, parse, render, template_path
 from tests.card import format_block, run_card_loop
 
 SPECIAL = ["two\nlines", "emoji 🐋👩‍👩‍👧", "says USER: inside", "trailing blanks  ", "", "  leading", "ASSISTANT: x"]
@@ -113,6 +115,38 @@ def test_parse_is_the_inverse_of_render(style: Any, system: str | None, texts: l
     waits_for_reply = messages[-1]["role"] == "user"
     parsed = parse(text, style=style, bos_token="<s>", turn_end=turn_end)
     assert parsed == messages or (not waits_for_reply and parsed[: len(messages)] == messages)
+
+
+contents = st.one_of(
+    st.none(),
+    st.sampled_from([*SPECIAL, "USER:"]),
+    st.lists(st.sampled_from(SPECIAL).map(lambda text: {"type": "text", "text": text}), max_size=3),
+)
+roles = st.sampled_from(["system", "developer", "user", "assistant"])
+
+
+@lru_cache
+def engines_template(style: Any) -> Any:
+    """As transformers sets it up (`utils/chat_template_utils.py`)."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    return environment.from_string(template_path(style).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("style", ["card", "script"])
+@settings(deadline=None)
+@given(
+    messages=st.lists(st.fixed_dictionaries({"role": roles, "content": contents}), max_size=8),
+    turn_end=st.sampled_from(["", "</s>"]),
+    lead=st.sampled_from(["", " "]),
+    waits=st.booleans(),
+)
+def test_render_writes_what_the_engines_template_does(
+    style: Any, messages: list[dict[str, Any]], turn_end: str, lead: str, waits: bool
+) -> None:
+    given: dict[str, Any] = {"bos_token": "<s>", "bos_lead": lead, "turn_end": turn_end, "add_generation_prompt": waits}
+    assert render(messages, style=style, **given) == engines_template(style).render(messages=messages, **given)
 
 
 def test_parse_refuses_other_text() -> None:

@@ -1,0 +1,77 @@
+"""JSON that chat and completions share: usage, log-probabilities. Shapes and quirks are vLLM's own, by its 0.29."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from synthia_vllm.engine.port import Position, TokenLogprob
+
+_LOWEST = -9999.0  # what stands for minus infinity, which JSON does not have
+_encode = msgspec.json.Encoder().encode
+
+
+def usage(prompt: int, generated: int, cached: int | None = None) -> dict[str, Any]:
+    """A usage object; without `cached` as it stands in the middle of a stream."""
+    found: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + generated,
+        "completion_tokens": generated,
+    }
+    if cached is not None:
+        found["prompt_tokens_details"] = {"cached_tokens": cached}
+    return found
+
+
+def entries(position: Position) -> Iterator[TokenLogprob]:
+    """The chosen token first, then the likeliest others: the order of vLLM's own."""
+    yield position.chosen
+    for token in position.top:
+        if token.id != position.chosen.id:
+            yield token
+
+
+def token_name(token: TokenLogprob, *, as_id: bool) -> str:
+    return f"token_id:{token.id}" if as_id else token.text
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, _LOWEST)
+
+
+def chat_logprobs(positions: Iterable[Position], *, top: int | None, as_ids: bool) -> bytes:
+    """The items of a chat's `logprobs.content`, without brackets; `top` None is all that came."""
+    return b",".join([_encode(_chat_position(position, top, as_ids)) for position in positions])
+
+
+def _chat_position(position: Position, top: int | None, as_ids: bool) -> dict[str, Any]:
+    chosen = position.chosen
+    others = []
+    if top != 0:
+        for token in entries(position):
+            name = token_name(token, as_id=as_ids)
+            others.append({"token": name, "logprob": finite(token.logprob), "bytes": list(name.encode())})
+            if len(others) == top:
+                break
+    return {
+        "token": token_name(chosen, as_id=as_ids),
+        "logprob": finite(chosen.logprob),
+        "bytes": list(chosen.text.encode()),
+        "top_logprobs": others,
+    }
+
+
+def prompt_logprobs(positions: Sequence[Position | None]) -> msgspec.Raw:
+    """vLLM's `prompt_logprobs`: a place a token of the prompt, null for the first."""
+    return msgspec.Raw(b"[" + b",".join([_encode(_prompt_position(position)) for position in positions]) + b"]")
+
+
+def _prompt_position(position: Position | None) -> dict[int, Any] | None:
+    if position is None:
+        return None
+    found: dict[int, Any] = {}
+    # Prompts are long: this is the one place where a reply can cost a tenth of a second.
+    for token, text, logprob, rank in (position.chosen, *position.top):
+        if token not in found:
+            found[token] = {"logprob": logprob if logprob > _LOWEST else _LOWEST, "rank": rank, "decoded_token": text}
+    return found
