@@ -393,6 +393,13 @@ class Settings(BaseSettings):
         str | None, Field(description="where the engine's log goes; - for the terminal (default: in the cache folder)")
     ] = None
     page: Annotated[bool, Field(description="the status page at /")] = True
+    cors_origins: Annotated[
+        list[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]],
+        Field(
+            description="origins, such as https://chat.example.com, or *, whose pages may ask from a browser; may be "
+            "given several times (default: none but this server's own page)"
+        ),
+    ] = []
     prompt: PromptSettings = PromptSettings()
     engine: EngineSettings = EngineSettings()
     access: AccessSettings = AccessSettings()

@@ -34,15 +34,18 @@ class RunningServer:
     announcement: str  # what `serve` printed when it was ready
     log: Path
     data: Path  # where its keys and its ledger are
+    vllm: str  # URL of vLLM's own routes over the same engine
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, collector: "Collector") -> Iterator[RunningServer]:
-    """`synthia-vllm serve --port 0` with a small context, as a user would start it."""
+    """`synthia-vllm serve --port 0` with a small context, and vLLM's own routes beside it."""
     folder = tmp_path_factory.mktemp("serve")
     log, out = folder / "engine.log", folder / "out.txt"
-    command = [sys.executable, "-m", "synthia_vllm", "serve", "--port", "0", "--log-file", str(log)]
-    command += ["--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1"]
+    beside = folder / "vllm.txt"
+    command = [sys.executable, "-m", "tests.vllm_beside", str(beside), "--port", "0", "--log-file", str(log)]
+    # In float32 a reply does not depend on what else is computed in its steps.
+    command += ["--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1", "--engine.dtype", "float32"]
     # Only requests that bring a trace of their own are traced.
     command += ["--tracing.otlp-endpoint", collector.endpoint, "--tracing.protocol", "http/protobuf"]
     command += ["--tracing.sample-ratio", "0"]
@@ -55,7 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: "Collector") -> 
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"serve did not start:\n{out.read_text()}\n{log.read_text()[-4000:]}")
             time.sleep(0.2)
-        yield RunningServer(found.group(1), process.pid, out.read_text(), log, folder / "data")
+        yield RunningServer(found.group(1), process.pid, out.read_text(), log, folder / "data", beside.read_text())
     finally:
         if process.returncode is None and process.poll() is None:
             os.kill(process.pid, signal.SIGTERM)

@@ -109,12 +109,14 @@ def _run(todo: list[dict[str, Any]], target: Path, settings: Any, concurrency: i
 async def _offline(
     todo: list[dict[str, Any]], target: Path, settings: Any, plan: Any, concurrency: int, startup: Any, console: Console
 ) -> int:
-    from synthia_vllm.engine.server import engine_app, parse_arguments
-    from synthia_vllm.gateway.app import contract_only
+    from synthia_vllm.engine.server import local_engine, parse_arguments, running_engine
+    from synthia_vllm.gateway.app import without_users
 
-    async with engine_app(parse_arguments(plan.arguments)) as (_, app):
+    args = parse_arguments(plan.arguments)
+    async with running_engine(args) as llm:
+        app = without_users(await local_engine(llm, args), settings)
         startup.stop()
-        return await run_requests(contract_only(app, settings), todo, target, plan.name, concurrency, console)
+        return await run_requests(app, todo, target, plan.name, concurrency, console)
 
 
 async def run_requests(

@@ -77,7 +77,7 @@ def up(settings: Settings, vllm_options: list[str], console: Console) -> int:
     from synthia_vllm.cluster.config import serve_config
     from synthia_vllm.cluster.progress import wait_until_settled
     from synthia_vllm.cluster.rest import ServeApi, token_from_environment
-    from synthia_vllm.gateway.listener import check_exposure
+    from synthia_vllm.gateway.edge.listener import check_exposure
 
     began = time.monotonic()
     check_exposure(settings)
@@ -200,7 +200,7 @@ def _local_ray(settings: Settings, vllm_options: list[str], console: Console) ->
     from synthia_vllm.cluster.planning import check_room, plan_replica
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.gateway.app import check_stores
-    from synthia_vllm.gateway.listener import bind
+    from synthia_vllm.gateway.edge.listener import bind
 
     if settings.host in LOOPBACK:
         settings.host = "127.0.0.1"

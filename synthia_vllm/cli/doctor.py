@@ -150,7 +150,7 @@ def _port(settings: Settings) -> Finding:
 
 
 def _exposure(settings: Settings) -> Finding:
-    from synthia_vllm.gateway.listener import check_exposure
+    from synthia_vllm.gateway.edge.listener import check_exposure
 
     try:
         check_exposure(settings)

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 import click
-from starlette.types import Receive, Scope, Send
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
@@ -35,8 +34,8 @@ def export(settings: Settings) -> int:
     """Serves /metrics, /sd and /health until a signal; returns the exit code."""
     import uvloop
 
-    from synthia_vllm.gateway.listener import bind, check_exposure
-    from synthia_vllm.gateway.request_log import configure_logging
+    from synthia_vllm.gateway.edge.listener import bind, check_exposure
+    from synthia_vllm.gateway.observers.log import configure_logging
 
     if not settings.upstream:
         raise SetupError("--upstream: name at least one engine, for instance --upstream http://127.0.0.1:8001")
@@ -53,19 +52,19 @@ def export(settings: Settings) -> int:
 async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.access import Access
     from synthia_vllm.gateway.app import keys_required
-    from synthia_vllm.gateway.listener import DrainingServer
-    from synthia_vllm.gateway.upstream import HttpUpstream
+    from synthia_vllm.gateway.edge.listener import DrainingServer
+    from synthia_vllm.gateway.edge.routes import Routes
     from synthia_vllm.metrics.exporter import MetricsRoutes
     from synthia_vllm.metrics.sidecar import Sidecar
+    from synthia_vllm.replicas.upstreams import Upstreams
 
     key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
-    engines = HttpUpstream(settings.upstream, key=key)  # checks the URLs; nothing is sent through it
+    engines = Upstreams(settings.upstream, key=key)  # checks the URLs; nothing is sent through it
     sidecar = Sidecar(settings.upstream, headers=engines.headers, wait=settings.metrics.replica_wait_s)
     needed = keys_required(settings)
     async with sidecar, _keys(settings, needed) as lookup:
-        app = Access(
-            MetricsRoutes(_health_only, sidecar), lookup=lookup, keys_required=needed, on_end=lambda call: None
-        )
+        access = Access(None, lookup=lookup, keys_required=needed, metrics=MetricsRoutes(sidecar))
+        app = Routes(access, methods=dict.fromkeys(("/health", "/metrics", "/sd"), ("GET",)))
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:
@@ -99,16 +98,3 @@ async def _keys(settings: Settings, needed: bool) -> "AsyncIterator[Lookup]":
 
 async def _nobody(key: str) -> "Account | None":
     return None
-
-
-async def _health_only(scope: Scope, receive: Receive, send: Send) -> None:
-    from synthia_vllm.errors import NotFound
-    from synthia_vllm.gateway.replies import send_json
-
-    if scope["type"] == "lifespan":
-        while (await receive())["type"] != "lifespan.shutdown":
-            await send({"type": "lifespan.startup.complete"})
-        return await send({"type": "lifespan.shutdown.complete"})
-    if scope["path"] == "/health":
-        return await send_json(200, {}, send)
-    raise NotFound(scope["path"])

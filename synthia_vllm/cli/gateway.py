@@ -3,8 +3,6 @@
 import asyncio
 import socket
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,9 +11,9 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from synthia_vllm.cluster.pool import ReplicaPool
     from synthia_vllm.gateway.app import Gateway
-    from synthia_vllm.gateway.upstream import HttpUpstream
+    from synthia_vllm.replicas.pool import ReplicaPool
+    from synthia_vllm.replicas.upstreams import Upstreams
 
 _ASK_AGAIN_S = 10.0
 PROG = "synthia-vllm gateway"
@@ -36,8 +34,8 @@ def gateway(settings: Settings) -> int:
     """Serves until a signal; returns the exit code."""
     import uvloop
 
-    from synthia_vllm.gateway.listener import bind, check_exposure
-    from synthia_vllm.gateway.request_log import configure_logging
+    from synthia_vllm.gateway.edge.listener import bind, check_exposure
+    from synthia_vllm.gateway.observers.log import configure_logging
 
     if not settings.upstream:
         raise SetupError("--upstream: name at least one engine, for instance --upstream http://127.0.0.1:8001")
@@ -53,21 +51,21 @@ def gateway(settings: Settings) -> int:
 
 async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.app import Gateway
-    from synthia_vllm.gateway.listener import DrainingServer
+    from synthia_vllm.gateway.edge.listener import DrainingServer
 
     upstream = _upstream(settings)
     async with upstream:
-        stack = Gateway(
-            upstream,
-            settings,
-            count=_counter(settings.tokenizer),
-            replicas=upstream,
-            replica_headers=upstream.headers,
-        )
+        stack = Gateway(upstream, settings, replicas=upstream, replica_headers=upstream.headers)
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:
             click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}", err=True)
+            if upstream.tokenizer is None:
+                click.echo(
+                    "Prompts go as text, and are counted by estimate until the engine tells: give --tokenizer FOLDER "
+                    "for exact counts, and for streams that go on by token ids",
+                    err=True,
+                )
 
         async with stack:
             following = asyncio.create_task(_follow_capacity(upstream, stack))
@@ -78,29 +76,40 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
     return 0 if drained else 1
 
 
-def _upstream(settings: Settings) -> "HttpUpstream | ReplicaPool":
-    from synthia_vllm.cluster.pool import ReplicaPool
-    from synthia_vllm.gateway.upstream import HttpUpstream
+def _upstream(settings: Settings) -> "Upstreams | ReplicaPool":
+    from synthia_vllm.engine.tokenizer import Tokenizer
+    from synthia_vllm.replicas.pool import ReplicaPool
+    from synthia_vllm.replicas.upstreams import Upstreams
 
+    tokenizer = Tokenizer.load(settings.tokenizer) if settings.tokenizer else None
     key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
     connect, read = settings.timeouts.upstream_connect, settings.timeouts.upstream_read
+    context = settings.engine.max_model_len
     if settings.resume:
-        return ReplicaPool(settings.cluster, key=key, connect_timeout=connect, read_timeout=read)
-    return HttpUpstream(settings.upstream, key=key, connect_timeout=connect, read_timeout=read)
+        return ReplicaPool(
+            settings.cluster,
+            tokenizer=tokenizer,
+            context=context,
+            key=key,
+            connect_timeout=connect,
+            read_timeout=read,
+        )
+    return Upstreams(
+        settings.upstream, tokenizer=tokenizer, context=context, key=key, connect_timeout=connect, read_timeout=read
+    )
 
 
-async def _follow_capacity(upstream: "HttpUpstream | ReplicaPool", stack: "Gateway") -> None:
+async def _follow_capacity(upstream: "Upstreams | ReplicaPool", stack: "Gateway") -> None:
     """Keeps the room for requests in line with what the engines tell; they may start after the gateway."""
-    from synthia_vllm.gateway.fair.room import Capacity
-    from synthia_vllm.gateway.upstream import HttpUpstream
     from synthia_vllm.metrics.replicas import engine_name
+    from synthia_vllm.replicas.upstreams import Upstreams
 
-    if not isinstance(upstream, HttpUpstream):
+    if not isinstance(upstream, Upstreams):
         upstream.on_capacity = stack.set_capacity
         upstream.update({engine_name(url): url for url in stack.settings.upstream})
         return
     told = False
-    while (tokens := await upstream.capacity()) is None:
+    while (capacity := await upstream.capacity()) is None or capacity.tokens is None:
         if not told and stack.settings.fair.max_in_flight_tokens is None:
             click.echo(
                 "The engine tells no KV cache size (yet), so nothing queues here: set --fair.max-in-flight-tokens",
@@ -108,19 +117,4 @@ async def _follow_capacity(upstream: "HttpUpstream | ReplicaPool", stack: "Gatew
             )
         told = True
         await asyncio.sleep(_ASK_AGAIN_S)
-    stack.set_capacity(Capacity(tokens))
-
-
-def _counter(folder: str | None) -> Callable[[str], int]:
-    """Counts tokens with the engine's tokenizer.json, or estimates."""
-    from tokenizers import Tokenizer
-
-    from synthia_vllm.gateway.demand import estimate_tokens
-
-    if folder is None:
-        return estimate_tokens
-    path = Path(folder, "tokenizer.json")
-    if not path.is_file():
-        raise SetupError(f"--tokenizer {folder}: there is no tokenizer.json in it")
-    tokenizer = Tokenizer.from_file(str(path))
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+    stack.set_capacity(capacity)

@@ -6,12 +6,16 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from synthia_vllm.engine.server import Companion
 
 PROG = "synthia-vllm serve"
 
@@ -26,15 +30,15 @@ def command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
     sys.exit(serve(load_settings(words, prog=PROG), vllm_options or []))
 
 
-def serve(settings: Settings, vllm_options: list[str]) -> int:
+def serve(settings: Settings, vllm_options: list[str], companion: "Companion | None" = None) -> int:
     """Starts, serves, drains; returns the exit code."""
     from synthia_vllm.engine.arguments import plan_engine, preload_once
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.engine.server import run
     from synthia_vllm.engine.startup import Startup, cause, output_to
     from synthia_vllm.gateway.app import check_stores
-    from synthia_vllm.gateway.listener import bind, check_exposure
-    from synthia_vllm.gateway.request_log import configure_logging
+    from synthia_vllm.gateway.edge.listener import bind, check_exposure
+    from synthia_vllm.gateway.observers.log import configure_logging
 
     check_exposure(settings)
     machine = inspect_machine()
@@ -58,7 +62,7 @@ def serve(settings: Settings, vllm_options: list[str]) -> int:
             console.print(f"profile {plan.profile}", highlight=False, markup=False)
         startup.start()
         try:
-            return run(settings, plan, sock, ready)
+            return run(settings, plan, sock, ready, companion)
         except KeyboardInterrupt:
             startup.stop()
             console.print("interrupted while starting", highlight=False)

@@ -9,8 +9,9 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from synthia_vllm.api.errors import openai_form
 from synthia_vllm.errors import Unauthorized
-from synthia_vllm.gateway.replies import header, send_error
+from synthia_vllm.gateway.edge.replies import header, send_error
 from synthia_vllm.gateway.store.keys import load_secret
 from synthia_vllm.settings import Settings
 
@@ -38,5 +39,5 @@ class Guard:
         if scope["type"] != "http":  # nothing of ours speaks websocket
             return None
         if not hmac.compare_digest(header(scope, b"authorization"), self._expected):
-            return await send_error(Unauthorized(), send)
+            return await send_error(Unauthorized(), send, form=openai_form)
         return await self.app(scope, receive, send)

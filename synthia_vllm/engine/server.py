@@ -1,7 +1,4 @@
-"""One machine: vLLM's engine and its own FastAPI app, behind our layers, in one process.
-
-The private part of vLLM that this needs is found by `vllm_seams`; so are the versions it was checked on.
-"""
+"""One machine: vLLM's engine in this process, behind our layers."""
 
 import asyncio
 import contextlib
@@ -11,58 +8,76 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from synthia_vllm.engine.arguments import EnginePlan
-from synthia_vllm.engine.tokens import bos_lead, token_counter
+from synthia_vllm.engine.local import LocalEngine
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.engine.vllm_seams import find
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.fair.room import Capacity
-from synthia_vllm.gateway.listener import DrainingServer
+from synthia_vllm.gateway.edge.listener import DrainingServer
 from synthia_vllm.settings import Settings
 
 _ENGINE_POLL_S = 0.5
 
+# Something that is to run over vLLM's engine as long as the server does, given AsyncLLM and vLLM's parsed arguments.
+Companion = Callable[[Any, Any], contextlib.AbstractAsyncContextManager[None]]
 
-def run(settings: Settings, plan: EnginePlan, sock: socket.socket, on_ready: Callable[[], None]) -> int:
+
+def run(
+    settings: Settings,
+    plan: EnginePlan,
+    sock: socket.socket,
+    on_ready: Callable[[], None],
+    companion: Companion | None = None,
+) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit code: 0 after a drain, 1 if the engine died or was cut."""
     import uvloop
 
     plan.apply_environment()
-    code: int = uvloop.run(_serve(settings, plan, sock, on_ready))
+    code: int = uvloop.run(_serve(settings, plan, sock, on_ready, companion))
     return code
 
 
-async def _serve(settings: Settings, plan: EnginePlan, sock: socket.socket, on_ready: Callable[[], None]) -> int:
-    async with engine_app(parse_arguments(plan.arguments)) as (engine, app):
-        gateway = Gateway(
-            app,
-            settings,
-            capacity=_capacity(engine, settings),
-            count=token_counter(await _tokenizer(engine)),
-            context=engine.model_config.max_model_len,
-        )
-        async with gateway:
-            server = DrainingServer(gateway.app, settings, on_ready)
-            app.state.server = server  # vLLM's error handlers stop the server through it when the engine is dead
-            await warm_up(engine)
-            watch = asyncio.create_task(_watch_engine(engine, server))
-            try:
-                drained = await server.run_until_stopped(sock)
-                code = 0 if drained and not engine.errored else 1
-            finally:
-                watch.cancel()
-    return code
+async def _serve(
+    settings: Settings,
+    plan: EnginePlan,
+    sock: socket.socket,
+    on_ready: Callable[[], None],
+    companion: Companion | None,
+) -> int:
+    args = parse_arguments(plan.arguments)
+    async with running_engine(args) as llm, contextlib.AsyncExitStack() as beside:
+        engine = await local_engine(llm, args)
+        gateway = await beside.enter_async_context(Gateway(engine, settings, capacity=engine.capacity()))
+        server = DrainingServer(gateway.app, settings, on_ready)
+        await warm_up(llm)
+        if companion is not None:
+            await beside.enter_async_context(companion(llm, args))
+        watch = asyncio.create_task(_watch_engine(llm, server))
+        try:
+            drained = await server.run_until_stopped(sock)
+            return 0 if drained and not llm.errored else 1
+        finally:
+            watch.cancel()
 
 
 @contextlib.asynccontextmanager
-async def engine_app(args: Any) -> AsyncGenerator[tuple[Any, Any], None]:
-    """A running engine and vLLM's FastAPI app over it, from vLLM's parsed arguments. Ends the engine's processes."""
-    build_app, init_app_state = find("build_app"), find("init_app_state")
-    async with find("build_async_engine_client")(args) as engine:
-        tasks = await engine.get_supported_tasks()
-        template = {"bos_lead": bos_lead(await _tokenizer(engine))}
-        args.default_chat_template_kwargs = template | (args.default_chat_template_kwargs or {})
-        app = build_app(args, tasks, engine.model_config)
-        await init_app_state(engine, app.state, args, tasks)
-        yield engine, app
+async def running_engine(args: Any) -> AsyncGenerator[Any, None]:
+    """vLLM's AsyncLLM from vLLM's parsed arguments. Ends the engine's processes."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER)
+    try:
+        yield llm
+    finally:
+        llm.shutdown()
+
+
+async def local_engine(llm: Any, args: Any) -> LocalEngine:
+    """The port over a running AsyncLLM, under the names that vLLM was told."""
+    found = llm.get_tokenizer()
+    tokenizer = await found if inspect.isawaitable(found) else found
+    return LocalEngine(llm, Tokenizer.of(tokenizer), args.served_model_name or [args.model])
 
 
 def parse_arguments(arguments: list[str]) -> Any:
@@ -73,21 +88,6 @@ def parse_arguments(arguments: list[str]) -> Any:
     args = find("make_arg_parser")(parser).parse_args(arguments)
     find("validate_parsed_serve_args")(args)
     return args
-
-
-def _capacity(engine: Any, settings: Settings) -> Capacity:
-    """What the engine holds at once, by its own figures; a setting wins."""
-    cache, scheduler = engine.vllm_config.cache_config, engine.vllm_config.scheduler_config
-    return Capacity(
-        tokens=settings.fair.max_in_flight_tokens or cache.num_gpu_blocks * cache.block_size,
-        requests=settings.fair.max_in_flight_requests or scheduler.max_num_seqs,
-        block=cache.block_size,
-    )
-
-
-async def _tokenizer(engine: Any) -> Any:
-    found = engine.get_tokenizer()
-    return await found if inspect.isawaitable(found) else found
 
 
 async def warm_up(engine: Any) -> None:

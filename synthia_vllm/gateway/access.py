@@ -1,215 +1,219 @@
-"""The outermost layer of ours behind the routes: who asks, what, and what came of it."""
+"""The outermost layer of ours behind the routes: who asks, and what came of it."""
 
 import asyncio
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
 
+import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from synthia_vllm.errors import Forbidden, NotFound, RequestError, Unauthorized
+from synthia_vllm.api.errors import form_of
+from synthia_vllm.errors import Forbidden, NotFound, Overloaded, RequestError, SynthiaError, Unauthorized
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
-from synthia_vllm.gateway.call import Call, Outcome, attach
-from synthia_vllm.gateway.delivery import Delivery, Metering
-from synthia_vllm.gateway.demand import Demand
-from synthia_vllm.gateway.intake import DEFAULT_MAX_BODY_BYTES, decode_object, read_body, replay
-from synthia_vllm.gateway.replies import header, send_error
-from synthia_vllm.gateway.routes import ADMIN_PREFIX
-from synthia_vllm.gateway.tracing import TRACE_HEADERS, Tracing
+from synthia_vllm.gateway.apis import Apis
+from synthia_vllm.gateway.delivery import ClientLeft
+from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, read_body
+from synthia_vllm.gateway.edge.replies import send_error, send_json
+from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
+ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
 # Told without a key: probes have none.
 _PUBLIC = ("/health", "/ready")
 # Tells of all users: the operator's.
 _OPERATORS = ("/metrics", "/sd")
 _LIVE = f"{ADMIN_PREFIX}live"
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_WANTED_HEADERS = (b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", *TRACE_HEADERS)
+_TRACE_HEADERS = (b"traceparent", b"tracestate")
+_WANTED_HEADERS = (
+    b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", b"x-session-id", *_TRACE_HEADERS,
+)  # fmt: skip
+_UNREADY_S = 5.0  # after which a probe that was answered 503 may ask again
+
+_log = structlog.get_logger(__name__)
 
 Lookup = Callable[[str], Awaitable[Account | None]]
 
 
 class Access:
-    """Knows the user by the key, reads the body, and keeps the record of the call. A pure ASGI layer.
+    """Knows the user by the key, reads the body, keeps the record of the exchange, and answers errors. An ASGI app.
 
-    Errors that the layers below raise (RequestError) are answered here, once. `on_end` is told of every call, whatever
-    became of it; `open` holds those under way. Without `keys_required`, a request without a known key is anonymous.
+    `observers` are told of every exchange, whatever became of it; `open` holds those under way. Without
+    `keys_required`, a request without a known key is anonymous.
     """
 
     def __init__(
         self,
-        app: ASGIApp,
+        apis: Apis | None,
         *,
         lookup: Lookup,
         keys_required: bool,
-        on_end: Callable[[Call], None],
-        demand: Demand | None = None,
-        metering: Metering | None = None,
-        tracing: Tracing | None = None,
+        observers: Sequence[Observer] = (),
+        ready: Callable[[], Awaitable[bool]] | None = None,
+        metrics: ASGIApp | None = None,
         admin: ASGIApp | None = None,
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         body_timeout: float | None = None,
     ) -> None:
-        self.app = app
+        self.apis = apis
         self.lookup = lookup
         self.keys_required = keys_required
-        self.on_end = on_end
-        self.demand = demand or Demand()
-        self.metering = metering
-        self.tracing = tracing
+        self.observers = observers
+        self.ready = ready
+        self.metrics = metrics
         self.admin = admin
         self.max_body_bytes = max_body_bytes
         self.body_timeout = body_timeout
-        self.open: dict[str, Call] = {}
+        self.open: dict[str, Exchange] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
         headers = {name: value for name, value in reversed(scope["headers"]) if name in _WANTED_HEADERS}
-        call = _new_call(scope["path"], headers.get(b"x-request-id", b""))
-        if self.metering is not None:
-            self.metering.open(call)
-        if self.tracing is not None:
-            self.tracing.open(call, scope["method"], headers)
-        reply = RecordedReply(call, send)
-        self.open[call.id] = call
-        failed = stopped = False
+        exchange = _new_exchange(scope, headers)
+        reply = RecordedReply(exchange, send)
+        self.open[exchange.id] = exchange
+        for observer in self.observers:
+            observer.opened(exchange)
+        broken = stopped = False
         try:
-            await self._answer(call, headers, scope, receive, reply)
+            broken = not await self._answer(exchange, headers, scope, receive, reply)
+        except ClientLeft:
+            pass
         except RequestError as error:
-            call.reason = call.reason or error.reason
-            if reply.started:
-                failed = True
-                raise
-            await send_error(error, reply)
-        except Exception:
-            failed = True
-            raise
+            exchange.reason = exchange.reason or error.reason
+            await reply.refuse(error)
         except asyncio.CancelledError:
             stopped = True
             raise
+        except Exception:
+            broken = True
+            exchange.reason = "internal"
+            _log.exception("request_failed", request=exchange.id)
+            await reply.refuse(SynthiaError())
         finally:
-            del self.open[call.id]
-            call.ended = perf_counter()
-            call.outcome = "stopped" if stopped else "failed" if failed else _outcome(call, reply)
-            self.on_end(call)
+            del self.open[exchange.id]
+            exchange.ended = perf_counter()
+            exchange.outcome = "stopped" if stopped else "failed" if broken else _outcome(exchange, reply)
+            for observer in self.observers:
+                observer.ended(exchange)
 
     async def _answer(
-        self, call: Call, headers: dict[bytes, bytes], scope: Scope, receive: Receive, reply: "RecordedReply"
-    ) -> None:
-        if call.route in _PUBLIC:
-            return await self.app(scope, receive, reply)
+        self, exchange: Exchange, headers: dict[bytes, bytes], scope: Scope, receive: Receive, reply: "RecordedReply"
+    ) -> bool:
+        """True where the whole reply went out."""
+        route = exchange.route
+        if route == "/health":
+            await send_json(200, {}, reply)
+            return True
+        if route == "/ready":
+            if self.ready is not None and not await self.ready():
+                raise Overloaded("the engine generates nothing", _UNREADY_S)
+            await send_json(200, {}, reply)
+            return True
         account = await self._account(headers)
-        call.account = account or ANONYMOUS
-        if call.route.startswith(ADMIN_PREFIX):
-            if self.keys_required or call.route != _LIVE:  # which tells what /metrics tells, and is as open as that
+        exchange.account = account or ANONYMOUS
+        self._check(route, account)
+        if route.startswith(ADMIN_PREFIX):
+            if self.admin is None:
+                raise NotFound(route)
+            return await self._administer(self.admin, scope, receive, reply)
+        if route in _OPERATORS:
+            if self.metrics is None:
+                raise NotFound(route)
+            await self.metrics(scope, receive, reply)
+            return True
+        if self.apis is None:
+            raise NotFound(route)
+        if exchange.method == "POST":
+            exchange.body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
+            if exchange.body is None:
+                raise ClientLeft
+        return await self.apis.answer(exchange, headers, receive, reply)
+
+    async def _administer(self, admin: ASGIApp, scope: Scope, receive: Receive, reply: "RecordedReply") -> bool:
+        body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
+        if body is None:
+            raise ClientLeft
+        pending = [body]
+
+        async def replayed() -> Message:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False} if pending else await receive()
+
+        await admin(scope, replayed, reply)
+        return True
+
+    def _check(self, route: str, account: Account | None) -> None:
+        """Raises Unauthorized or Forbidden where this key does not open this route."""
+        if route.startswith(ADMIN_PREFIX):
+            # The live view tells what /metrics tells, and is as open as that.
+            if self.keys_required or route != _LIVE:
                 if account is None:
                     raise Unauthorized
                 if not account.admin:
                     raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
-            if self.admin is None:
-                raise NotFound(call.route)
-            body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
-            return None if body is None else await self.admin(scope, replay(lambda: body, receive), reply)
-        if self.keys_required:
+        elif self.keys_required:
             if account is None:
                 raise Unauthorized
-            if account.admin != (call.route in _OPERATORS):
+            if account.admin != (route in _OPERATORS):
                 raise Forbidden(
                     "an admin key opens /admin, /metrics and /sd only; use a user's key"
                     if account.admin
                     else "this needs an admin key: `synthia-vllm keys create --admin`"
                 )
-        if scope["method"] != "POST":
-            return await self.app(scope, receive, reply)
-        call.body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
-        if call.body is None:
-            return None
-        call.request = decode_object(call.body)
-        _check_model(call)
-        call.queue_timeout = _seconds(headers.get(b"x-queue-timeout-s"))
-        await self.demand.measure(call)
-        attach(scope, call)
-        return await self.app(with_request_id(scope, call), receive, reply)
 
     async def _account(self, headers: dict[bytes, bytes]) -> Account | None:
-        given = headers.get(b"x-api-key", b"")
+        """By `Authorization: Bearer` or `x-api-key`: either may be the right one."""
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
-        if kind.lower() == b"bearer" and token:
-            given = token.strip()
-        return await self.lookup(given.decode("latin-1")) if given else None
+        bearer = token.strip() if kind.lower() == b"bearer" else b""
+        for given in dict.fromkeys((bearer, headers.get(b"x-api-key", b"").strip())):
+            if given and (account := await self.lookup(given.decode("latin-1"))) is not None:
+                return account
+        return None
 
 
 class RecordedReply:
     """The reply on its last step to the client: the request id goes in, the status and the end are noted."""
 
-    def __init__(self, call: Call, send: Send) -> None:
+    def __init__(self, exchange: Exchange, send: Send) -> None:
         self.started = False
         self.ended = False
-        self._call = call
+        self._exchange = exchange
         self._send = send
-        self._delivery: Delivery | None = None  # of a stream
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
-            self._call.status = message["status"]
-            if header(message, b"content-type").startswith(b"text/event-stream"):
-                self._delivery = self._call.delivery
+            self._exchange.status = message["status"]
             headers = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
-            headers.append((b"x-request-id", self._call.request_id.encode()))
+            headers.append((b"x-request-id", self._exchange.request_id.encode()))
             message = {**message, "headers": headers}
         elif not message.get("more_body", False):
             self.ended = True
         await self._send(message)
-        if self._delivery is not None:
-            self._delivery.sent(message.get("body", b""))
+
+    async def refuse(self, error: SynthiaError) -> None:
+        """Answers with an error in the form of the API that was asked; nothing where a status is out already."""
+        if not self.started:
+            exchange = self._exchange
+            await send_error(error, self, form=form_of(exchange.route), request_id=exchange.request_id)
 
 
-def with_request_id(scope: Scope, call: Call) -> Scope:
-    """The scope for upstream: our unique id, so that one user can't name another's request, and no keys.
-
-    The client's trace goes on as it is, or with our span in it.
-    """
-    traced = TRACE_HEADERS if call.trace is not None else ()
-    hidden = (b"x-request-id", b"authorization", b"x-api-key", b"cookie", *traced)
-    headers = [pair for pair in scope["headers"] if pair[0] not in hidden]
-    spans = call.trace.headers() if call.trace is not None else []
-    return {**scope, "headers": [*headers, (b"x-request-id", call.id.encode()), *spans]}
-
-
-def _new_call(route: str, given: bytes) -> Call:
+def _new_exchange(scope: Scope, headers: dict[bytes, bytes]) -> Exchange:
     unique = secrets.token_hex(8)
-    if _REQUEST_ID.fullmatch(given):
-        name = given.decode()
-        return Call(id=f"{name}-{unique}", request_id=name, route=route)
-    return Call(id=unique, request_id=unique, route=route)
+    given = headers.get(b"x-request-id", b"")
+    name = given.decode() if _REQUEST_ID.fullmatch(given) else ""
+    return Exchange(
+        id=f"{name}-{unique}" if name else unique,
+        request_id=name or unique,
+        route=scope["path"],
+        method=scope["method"],
+        trace={key.decode(): headers[key].decode("latin-1") for key in _TRACE_HEADERS if key in headers},
+    )
 
 
-def _check_model(call: Call) -> None:
-    assert call.request is not None
-    model = call.request.get("model")
-    call.model = model if isinstance(model, str) else ""
-    models = call.account.models
-    if models is not None and call.model not in models:
-        raise Forbidden(f"your key is for {', '.join(sorted(models))}, not for {call.model!r}", param="model")
-
-
-def _seconds(value: bytes | None) -> float | None:
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise RequestError("X-Queue-Timeout-S is a number of seconds over 0", param="X-Queue-Timeout-S")
-    return seconds
-
-
-def _outcome(call: Call, reply: RecordedReply) -> Outcome:
+def _outcome(exchange: Exchange, reply: RecordedReply) -> Outcome:
     if not reply.ended:
-        return "cancelled"  # or upstream broke off, which has set a reason
-    if call.status < 400:
+        return "cancelled"
+    if exchange.status < 400:
         return "finished"
-    return "rejected" if call.dispatched is None or call.status < 500 else "failed"
+    return "rejected" if exchange.usage.dispatched is None or exchange.status < 500 else "failed"

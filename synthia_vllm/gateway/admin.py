@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from synthia_vllm.api.errors import openai_form
 from synthia_vllm.errors import NotFound, RequestError
 from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME, Priority, UserLimits
 from synthia_vllm.gateway.store.keys import UnknownKey
@@ -121,7 +122,7 @@ def build_admin(gateway: "Gateway") -> FastAPI:
 
 
 def _answer(error: RequestError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status)
+    return JSONResponse(openai_form(error), error.status)
 
 
 def _unix(moment: datetime | None) -> float | None:

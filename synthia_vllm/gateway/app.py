@@ -7,31 +7,31 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from synthia_vllm.engine.port import Capacity, Engine
 from synthia_vllm.errors import SetupError
-from synthia_vllm.gateway.access import Access
-from synthia_vllm.gateway.accounts import UserLimits
+from synthia_vllm.gateway.access import ADMIN_PREFIX, Access
+from synthia_vllm.gateway.accounts import Account, UserLimits
 from synthia_vllm.gateway.admin import build_admin
-from synthia_vllm.gateway.call import Call
-from synthia_vllm.gateway.contract import Contract
-from synthia_vllm.gateway.delivery import Metering
-from synthia_vllm.gateway.demand import Demand, TokenCounter, estimate_tokens
+from synthia_vllm.gateway.apis import ANSWERING, GENERATING, MODELS, Apis
+from synthia_vllm.gateway.edge.routes import Routes
 from synthia_vllm.gateway.fair.layer import FairQueue
-from synthia_vllm.gateway.fair.room import Capacity
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from synthia_vllm.gateway.limits.base import Limiter
 from synthia_vllm.gateway.limits.layer import Limits, merge
 from synthia_vllm.gateway.limits.memory import MemoryLimiter
 from synthia_vllm.gateway.limits.shared import SharedLimiter
 from synthia_vllm.gateway.meter import Meter
+from synthia_vllm.gateway.observers.log import RequestLog
+from synthia_vllm.gateway.observers.metrics import Metrics
+from synthia_vllm.gateway.observers.tracing import check_tracing, open_tracing
 from synthia_vllm.gateway.readiness import Readiness
-from synthia_vllm.gateway.request_log import RequestLog
-from synthia_vllm.gateway.routes import Routes
+from synthia_vllm.gateway.request import Layer, Observer
+from synthia_vllm.gateway.sequences import Sequences
 from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.key_cache import KeyCache
 from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.usage import spent_tokens
-from synthia_vllm.gateway.tracing import check_tracing, open_tracing
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Table, single
 from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
@@ -42,10 +42,24 @@ from synthia_vllm.metrics.replicas import ReplicaSource
 from synthia_vllm.settings import LOOPBACK, Settings
 from synthia_vllm.web.page import StatusPage
 
+# What there is, and how it is asked; all else is 404. What ends in `/` stands for all below it.
+METHODS: Mapping[str, tuple[str, ...]] = {
+    **{api.path: ("POST",) for api in GENERATING},
+    **{api.path: ("POST",) for api in ANSWERING},
+    **dict.fromkeys((MODELS, f"{MODELS}/", "/health", "/ready", "/metrics", "/sd"), ("GET",)),
+    ADMIN_PREFIX: ("GET", "POST", "DELETE"),
+}
 
-def contract_only(upstream: ASGIApp, settings: Settings) -> ASGIApp:
-    """The prompt contract without users: for one who runs the engine for himself."""
-    return Contract(upstream, role_markers=settings.prompt.role_markers, max_body_bytes=settings.max_body_bytes)
+
+def without_users(engine: Engine, settings: Settings) -> ASGIApp:
+    """The APIs without users, limits and bill: for one who runs the engine for himself."""
+
+    async def nobody(key: str) -> Account | None:
+        return None
+
+    apis = Apis(engine, Sequences(Meter(engine)), settings.prompt)
+    access = Access(apis, lookup=nobody, keys_required=False, max_body_bytes=settings.max_body_bytes)
+    return Routes(access, methods=METHODS)
 
 
 def keys_required(settings: Settings) -> bool:
@@ -69,7 +83,7 @@ def check_stores(settings: Settings) -> str:
 
 
 class Gateway:
-    """Our layers around an upstream, itself an ASGI app (vLLM's own, or a proxy to engines).
+    """Our layers over an engine, behind HTTP.
 
     `async with` keeps its companions running: the watch on revoked keys, the ledger's writer, the shared limits. The
     ledger's last rows are written at the end. Raises SetupError where the database can't be opened.
@@ -77,16 +91,15 @@ class Gateway:
 
     def __init__(
         self,
-        upstream: ASGIApp,
+        engine: Engine,
         settings: Settings,
         *,
         capacity: Capacity | None = None,
-        count: TokenCounter = estimate_tokens,
-        context: int | None = None,
         replicas: ReplicaSource | None = None,
         replica_headers: Mapping[str, str] | None = None,
     ) -> None:
         database = open_database(settings.access.database)
+        self.engine = engine
         self.keys = KeyStore(database, load_secret(settings))
         self.key_cache = KeyCache(self.keys)
         self.ledger = Ledger(database)
@@ -100,18 +113,16 @@ class Gateway:
         self.settings = settings
         fair = settings.fair
         self.scheduler = Scheduler(
-            capacity or Capacity(fair.max_in_flight_tokens, fair.max_in_flight_requests),
+            Capacity(fair.max_in_flight_tokens, fair.max_in_flight_requests),
             policy=fair.policy,
             prompt_cost=fair.prompt_cost,
             generated_cost=fair.generated_cost,
             ageing=fair.batch_ageing_s,
         )
+        if capacity is not None:
+            self.set_capacity(capacity)
         self._database = database
-        self._log = RequestLog(settings.log)
-        if not getattr(upstream, "tells_readiness", False):
-            upstream = Readiness(upstream, last_token=self._last_token)
         recorder = Recorder(settings.metrics, settings.slo)
-        self._metering = Metering(recorder, prompt_cost=fair.prompt_cost, generated_cost=fair.generated_cost)
         self.exporter = Exporter(
             recorder,
             lambda: Waiting(self.scheduler.running, self.scheduler.waiting()),
@@ -119,31 +130,35 @@ class Gateway:
             wait=settings.metrics.replica_wait_s,
             more=self._ledger_tables,
         )
+        metrics = Metrics(recorder, prompt_cost=fair.prompt_cost, generated_cost=fair.generated_cost)
         self._tracing = open_tracing(settings.tracing)
-        app: ASGIApp = Meter(upstream)
-        app = FairQueue(
-            app,
-            scheduler=self.scheduler,
-            max_wait=fair.max_wait_s,
-            max_requests=fair.max_queued_requests,
-            max_tokens=fair.max_queued_tokens,
+        observers: list[Observer] = [self.ledger, metrics, RequestLog(settings.log)]
+        if self._tracing is not None:
+            observers.insert(0, self._tracing)
+        apis = Apis(
+            engine,
+            self._layers(engine),
+            settings.prompt,
+            observers=(metrics,),  # the others have no use for each chunk
+            **({"on_attempt": self._tracing.attempt} if self._tracing is not None else {}),
         )
-        app = Limits(app, limiter=self.limiter, defaults=self.default_limits)
-        app = Contract(app, role_markers=settings.prompt.role_markers)
-        app = MetricsRoutes(app, self.exporter)
         self.access = Access(
-            app,
+            apis,
             lookup=self.key_cache.lookup,
             keys_required=keys_required(settings),
-            on_end=self._ended,
-            demand=Demand(count, context),
-            metering=self._metering,
-            tracing=self._tracing,
+            observers=observers,
+            ready=Readiness(engine, last_token=self._last_token),
+            metrics=MetricsRoutes(self.exporter),
             admin=build_admin(self),
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
         )
-        self.app: ASGIApp = Routes(self.access, page=StatusPage(keys_required(settings)) if settings.page else None)
+        self.app: ASGIApp = Routes(
+            self.access,
+            methods=METHODS,
+            page=StatusPage(keys_required(settings)) if settings.page else None,
+            cors_origins=settings.cors_origins,
+        )
 
     async def __aenter__(self) -> "Gateway":
         self._tasks = [asyncio.create_task(self.key_cache.watch()), asyncio.create_task(self.ledger.run())]
@@ -176,9 +191,7 @@ class Gateway:
         """The live view: users in flight and queued, service, limits used and left; tokens, requests, seconds."""
         found = self.scheduler.snapshot()
         users = found["users"]
-        limits = {
-            call.account.user: merge(call.account.limits, self.default_limits) for call in self.access.open.values()
-        }
+        limits = {one.account.user: merge(one.account.limits, self.default_limits) for one in self.access.open.values()}
         for user in users:
             standing = await self.limiter.standing(user)
             users[user]["used"] = {name: getattr(standing, name) for name in standing.__slots__}
@@ -186,8 +199,19 @@ class Gateway:
                 users[user]["limits"] = {name: getattr(limits[user], name) for name in limits[user].__slots__}
         return found
 
+    def _layers(self, engine: Engine) -> Layer:
+        fair = self.settings.fair
+        queue = FairQueue(
+            Sequences(Meter(engine)),
+            scheduler=self.scheduler,
+            max_wait=fair.max_wait_s,
+            max_requests=fair.max_queued_requests,
+            max_tokens=fair.max_queued_tokens,
+        )
+        return Limits(queue, limiter=self.limiter, defaults=self.default_limits)
+
     def _last_token(self) -> float:
-        return max((call.last_token or 0.0 for call in self.access.open.values()), default=0.0)
+        return max((one.usage.last_token or 0.0 for one in self.access.open.values()), default=0.0)
 
     def _ledger_tables(self) -> list[Table]:
         ledger = self.ledger
@@ -197,14 +221,6 @@ class Gateway:
             (series.LEDGER_LOST, ledger.lost),
         )
         return [single(family, value) for family, value in numbers]
-
-    def _ended(self, call: Call) -> None:
-        if call.max_generated:
-            self.ledger.add(call)
-        self._metering.close(call)
-        if call.trace is not None:
-            call.trace.end()
-        self._log.write(call)
 
 
 async def _close(settings: Settings) -> None:

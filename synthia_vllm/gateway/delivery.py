@@ -1,211 +1,156 @@
-"""What a client gets, and when: measured on the last step before the socket, for the exporter.
+"""Brings a reply to its client: one task reads the engine, another writes to the socket.
 
-A chunk's gap is counted as `vllm bench serve` (0.29) counts it: from the chunk before, one observation a chunk however
-many tokens it brings; chunks that go out together have a gap and zeros. Unlike there, a chunk without tokens (the role
-at a chat's start, the usage at its end) is none. All of it costs well under 3 µs a chunk (benchmarks/exporter.py).
+A client that does not read holds memory, bounded by its own reply, and no place in the engine.
 """
 
-from bisect import bisect_left
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+from time import perf_counter
 
-from synthia_vllm.gateway.call import Call
-from synthia_vllm.metrics.cells import Count, Histogram
-from synthia_vllm.metrics.rates import Tokens
-from synthia_vllm.metrics.recorder import Recorder
-from synthia_vllm.metrics.series import LOCAL
-from synthia_vllm.metrics.slo import meets
+import structlog
+from starlette.types import Receive, Send
 
-_UNCOUNTED = ("/health", "/ready", "/metrics", "/sd")  # asked by machines, all the time
+from synthia_vllm.api.base import Counts
+from synthia_vllm.errors import RequestError, SynthiaError
+from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
+
+_STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+# Replies of more tokens end in a thread: what several APIs put at the end (the whole text, all log-probabilities) may
+# take longer than others should wait for.
+_LONG_REPLY = 512
+
+_log = structlog.get_logger(__name__)
 
 
-class Metering:
-    """Prices and targets that hold for all deliveries, and where they are counted."""
-
-    def __init__(self, recorder: Recorder, *, prompt_cost: float = 1.0, generated_cost: float = 2.0) -> None:
-        self.recorder = recorder
-        self.prompt_cost = prompt_cost
-        self.generated_cost = generated_cost
-
-    def open(self, call: Call) -> None:
-        call.delivery = Delivery(self, call)
-
-    def close(self, call: Call) -> None:
-        """Counts what is known at the end only. To be called once, for every call."""
-        if call.delivery is not None and call.route not in _UNCOUNTED:
-            call.delivery.end()
+class ClientLeft(Exception):
+    """The client has closed its connection before it had the whole reply."""
 
 
 class Delivery:
-    """One reply on its way out."""
+    """One reply on its way from the engine to the client.
 
-    __slots__ = (
-        "_bound",
-        "_call",
-        "_clock",
-        "_cost",
-        "_first",
-        "_gap_bounds",
-        "_gap_counts",
-        "_gaps",
-        "_generated",
-        "_generation",
-        "_last",
-        "_longest",
-        "_metering",
-        "_model",
-        "_prompt",
-        "_replica",
-        "_service",
-        "_tokens",
-        "_user",
-        "_waited",
-    )
+    A stream's status goes out with its first bytes: what is refused before has a status of its own. `failed` tells that
+    an error ended a stream whose status was out.
+    """
 
-    _gaps: Histogram
-    _gap_counts: list[int]
-    _gap_bounds: tuple[float, ...]
-    _generation: Count
-    _service: Count
-    _tokens: Tokens
+    def __init__(self, exchange: Exchange, request: Request, layer: Layer, observers: Sequence[Observer]) -> None:
+        self.failed = False
+        self._exchange = exchange
+        self._request = request
+        self._layer = layer
+        self._observers = observers
+        self._reply = request.prepared.reply
+        self._chunks: list[bytes] = []  # made, not sent
+        self._new_chunks = 0  # of them, those that bring tokens
+        self._new_tokens = 0
+        self._started = False  # a status went out
+        self._wake = asyncio.Event()
 
-    def __init__(self, metering: Metering, call: Call) -> None:
-        self._metering = metering
-        self._call = call
-        self._clock = metering.recorder.clock
-        self._user = ""  # label; empty until it is known
-        self._model = ""
-        self._replica = ""
-        self._cost = 0.0  # of a generated token, over the user's weight
-        self._generated = 0  # tokens counted
-        self._prompt = 0
-        self._first = 0.0
-        self._last = 0.0
-        self._longest = 0.0
-        self._waited = False
-        self._bound = False
+    async def run(self, receive: Receive, send: Send) -> None:
+        """Raises what refused the request, as long as no status is out, and ClientLeft."""
+        reader = asyncio.create_task(self._read())
+        gone = asyncio.create_task(_left(receive))
+        for task in (reader, gone):
+            task.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not reader.done():
+                await self._wake.wait()
+                self._wake.clear()
+                if gone.done() and not reader.done():
+                    raise ClientLeft
+                if self._chunks and not reader.done():
+                    await self._flush(send)
+            self._raise_or_tell(reader)
+            if gone.done():
+                raise ClientLeft
+            await self._end(send)
+        finally:
+            gone.cancel()
+            reader.cancel()
+            await asyncio.gather(reader, gone, return_exceptions=True)
 
-    def sent(self, body: bytes) -> None:
-        """Told of each part of a stream when it has gone out. Nothing in here may wait or be slow."""
-        call = self._call
-        new = call.generated - self._generated
-        if new <= 0:
-            return
-        now = self._clock()
-        if self._first:
-            gap = now - self._last
-            self._gap_counts[bisect_left(self._gap_bounds, gap)] += 1
-            self._gaps.sum += gap
-            if gap > self._longest:  # noqa: PLR1730  (max() takes three times as long)
-                self._longest = gap
+    async def _read(self) -> None:
+        """Takes the engine's deltas as fast as they come, and makes bytes of them."""
+        prepared, usage, reply = self._request.prepared, self._request.usage, self._reply
+        counts = Counts(usage.prompt, usage.cached, 0)
+        begun = long = False
+        async with aclosing(self._layer.generate(self._request)) as deltas:
+            async for delta in deltas:
+                if delta.note:
+                    if prepared.streamed:
+                        self._put(b": %b\n\n" % delta.note.encode().replace(b"\n", b" "))
+                    continue
+                counts.generated = usage.generated
+                if not begun:
+                    begun = True
+                    counts.prompt, counts.cached = usage.prompt, usage.cached
+                    self._put(reply.start(counts))
+                tokens = len(delta.ids)
+                self._new_tokens += tokens
+                if delta.prompt_logprobs is not None:
+                    long = True
+                    chunk = await asyncio.to_thread(reply.feed, delta, counts)
+                else:
+                    chunk = reply.feed(delta, counts)
+                if chunk:
+                    self._new_chunks += 1
+                    self._chunks.append(chunk)
+                    self._wake.set()
+        counts.prompt, counts.cached, counts.generated = usage.prompt, usage.cached, usage.generated
+        if not begun:
+            self._put(reply.start(counts))
+        if long or usage.generated > _LONG_REPLY:
+            self._chunks.append(await asyncio.to_thread(reply.end, counts))
         else:
-            self._begin(now)
-        self._last = now
-        if new > 1:
-            self._gap_counts[0] += max(0, min(new, body.count(b"\n\n")) - 1)
-        self._add_generated(new)
+            self._chunks.append(reply.end(counts))
 
-    def end(self) -> None:
-        call, recorder = self._call, self._metering.recorder
-        self._name()
-        if call.billed and call.max_generated:
-            self._bind()
-            self._add_prompt(call.billed_prompt - self._prompt)
-            if call.billed_generated > self._generated:
-                self._add_generated(call.billed_generated - self._generated)
-        route = "/admin" if call.route.startswith("/admin/") else call.route
-        recorder.requests.cell(self._user, self._model, route, call.outcome).value += 1
-        if call.outcome == "rejected":
-            recorder.rejections.cell(self._user, call.reason or "engine").value += 1
-        if not call.max_generated:
+    def _put(self, chunk: bytes) -> None:
+        if chunk:
+            self._chunks.append(chunk)
+            self._wake.set()
+
+    def _raise_or_tell(self, reader: "asyncio.Task[None]") -> None:
+        """Raises what ended the reader; where the status is out already, tells it in the stream instead."""
+        error = reader.exception()
+        if error is None:
             return
-        if call.dispatched is not None and call.status < 400:
-            self._observe_wait()
-            if call.outcome == "finished":
-                duration = recorder.duration.cell(self._model, self._user)
-                duration.observe((call.ended or self._clock()) - call.arrived, call.request_id)
-        if self._longest:
-            self._gaps.exemplify(self._longest, call.request_id)
-        met = self._met()
-        if met is not None:
-            recorder.judge(self._user, met)
+        if not self._started:
+            raise error
+        self.failed = True
+        if isinstance(error, RequestError):
+            self._exchange.reason = self._exchange.reason or error.reason
+        else:
+            _log.error("request_failed", request=self._exchange.id, exc_info=error)
+            self._exchange.reason = "internal"
+        self._chunks.append(self._reply.error(error if isinstance(error, SynthiaError) else SynthiaError()))
 
-    def _begin(self, now: float) -> None:
-        """The first token is out."""
-        call = self._call
-        self._name()
-        self._bind()
-        self._first = now
-        recorder = self._metering.recorder
-        recorder.first_token.cell(self._model, self._user).observe(now - call.arrived, call.request_id)
-        recorder.engine_first_token.observe(now - (call.dispatched or call.arrived))
-        self._gaps = recorder.gaps.cell(self._model, self._user)
-        self._gap_counts, self._gap_bounds = self._gaps.counts, self._gaps.bounds
-        self._observe_wait()
-        if call.prompt_counted:
-            self._add_prompt(call.prompt_tokens)
+    async def _flush(self, send: Send, *, last: bool = False) -> None:
+        chunks, tokens = self._new_chunks, self._new_tokens
+        body = b"".join(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
+        self._chunks.clear()
+        self._new_chunks = 0
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        await send({"type": "http.response.body", "body": body, "more_body": not last})
+        if chunks and tokens:
+            self._new_tokens -= tokens
+            if self._exchange.first_sent is None:
+                self._exchange.first_sent = perf_counter()
+            for observer in self._observers:
+                observer.sent(self._exchange, chunks, tokens)
 
-    def _name(self) -> None:
-        """The labels, when it is known who asked what and whether the engine knew it."""
-        if not self._user:
-            call, recorder = self._call, self._metering.recorder
-            self._user = recorder.user(call.account.user)
-            self._model = recorder.model(call.model, answered=call.billed and call.status > 0)
-
-    def _bind(self) -> None:
-        if self._bound:
+    async def _end(self, send: Send) -> None:
+        if self._request.prepared.streamed:
+            await self._flush(send, last=True)
             return
-        self._bound = True
-        call, metering = self._call, self._metering
-        recorder = metering.recorder
-        self._cost = metering.generated_cost / call.account.weight
-        self._generation = recorder.generation_tokens.cell(self._user, self._model)
-        self._service = recorder.service.cell(self._user)
-        self._tokens = recorder.rates.tokens(self._model, call.replica or LOCAL)
-        self._replica = call.replica
+        body = b"".join(self._chunks)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
-    def _add_generated(self, tokens: int) -> None:
-        if self._call.replica is not self._replica:  # it went on elsewhere
-            self._replica = self._call.replica
-            self._tokens = self._metering.recorder.rates.tokens(self._model, self._replica or LOCAL)
-        self._generated += tokens
-        self._generation.value += tokens
-        self._service.value += tokens * self._cost
-        self._tokens.generation += tokens
 
-    def _add_prompt(self, tokens: int) -> None:
-        if tokens <= 0:
-            return
-        metering = self._metering
-        self._prompt += tokens
-        metering.recorder.prompt_tokens.cell(self._user, self._model).value += tokens
-        self._service.value += tokens * metering.prompt_cost / self._call.account.weight
-        self._tokens.prompt += tokens
-
-    def _observe_wait(self) -> None:
-        call = self._call
-        if not self._waited:
-            self._waited = True
-            cell = self._metering.recorder.queue_wait.cell(self._model, self._user)
-            cell.observe(call.queue_wait, call.request_id)
-
-    def _met(self) -> bool | None:
-        """Whether its targets were met; None where that is not the service's doing.
-
-        Missed: what broke, what we refused for want of room (503), and what was late when its client left. Not judged:
-        a client's own mistakes and limits, and one that left while all was well.
-        """
-        call = self._call
-        if call.outcome in ("failed", "stopped") or call.status >= 500:
-            return False
-        if call.status >= 400:
-            return None
-        slo = self._metering.recorder.slo
-        targets = slo.batch if call.account.priority == "batch" else slo.interactive
-        now = call.ended or self._clock()
-        more = self._generated - 1
-        itl = (self._last - self._first) / more if self._first and more > 0 else None
-        ttft = self._first - call.arrived if self._first else None
-        if call.outcome == "finished":
-            return meets(targets, ttft, itl, now - call.arrived)
-        if ttft is None and call.request is not None and call.request.get("stream") is True:
-            ttft = now - call.arrived
-        return None if meets(targets, ttft, itl, now - call.arrived) else False
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import msgspec
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Counts, Table
@@ -108,18 +108,12 @@ class Source(Protocol):
 
 
 class MetricsRoutes:
-    """Answers `/metrics` (in OpenMetrics with exemplars to who asks for it) and `/sd`, and passes all else on.
+    """Answers `/metrics` (in OpenMetrics with exemplars to who asks for it) and `/sd`. A pure ASGI app."""
 
-    A pure ASGI layer.
-    """
-
-    def __init__(self, app: ASGIApp, source: Source) -> None:
-        self.app = app
+    def __init__(self, source: Source) -> None:
         self.source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in ("/metrics", "/sd"):
-            return await self.app(scope, receive, send)
         if scope["path"] == "/sd":
             return await _answer(send, b"application/json", msgspec.json.encode(self.source.targets()))
         openmetrics = any(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.call import Call
+from synthia_vllm.gateway.request import Exchange, Usage
 from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.ledger import Ledger
 from tests.services import Postgres
@@ -43,10 +43,10 @@ def fill(tmp_path: Path, *models: str) -> None:
     engine = open_database(f"sqlite:///{tmp_path / 'data' / 'synthia.db'}")
     ledger = Ledger(engine)
     for number, model in enumerate(models):
-        call = Call(id=f"{number}", request_id="r", route="/v1/chat/completions", account=Account("alice"))
-        call.model, call.prompt_tokens, call.generated, call.status, call.outcome = model, 10, 5, 200, "finished"
-        call.dispatch()
-        ledger.add(call)
+        usage = Usage(prompt=10, generated=5, accepted=True)
+        one = Exchange(f"{number}", "r", "/v1/chat/completions", account=Account("alice"), model=model, usage=usage)
+        one.status, one.outcome = 200, "finished"
+        ledger.add(one)
     ledger.close()
     engine.dispose()
 

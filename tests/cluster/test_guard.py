@@ -4,7 +4,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from synthia_vllm.cluster.guard import Guard, engine_key
-from synthia_vllm.gateway.replies import send_json
+from synthia_vllm.gateway.edge.replies import send_json
 from synthia_vllm.settings import Settings
 from tests.gateway.asgi import post
 

@@ -81,7 +81,9 @@ def test_openai_responses_as_documented(oai: openai.OpenAI) -> None:
         for event in events:
             if event.type == "response.output_text.delta":
                 text += event.delta
-        assert events.get_final_response().output_text == text == text.strip()
+            if event.type in ("response.completed", "response.incomplete"):  # cut at 20 tokens
+                final = event.response
+        assert final.output_text == text == text.strip()
 
 
 def test_openai_models_and_completions(oai: openai.OpenAI) -> None:
@@ -281,8 +283,8 @@ def test_bad_input_is_a_clear_error_and_the_server_goes_on(
     response = client.post(path, content=content, headers={"content-type": "application/json"})
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert error.keys() >= {"message", "type", "param", "code"}
-    assert named in f"{error['param']} {error['message']}"
+    assert error.keys() >= ({"message", "type"} if path == "/v1/messages" else {"message", "type", "param", "code"})
+    assert named in f"{error.get('param')} {error['message']}"
     assert client.get("/health").status_code == 200
 
 

@@ -58,7 +58,8 @@ def test_the_bill_is_the_engines_own_count(server: RunningServer, client: httpx.
     ).text
     usage.append(json.loads(text.split("\n\n")[-3].removeprefix("data: "))["usage"])
     reply = client.post("/v1/messages", json=body, headers=headers).json()["usage"]
-    usage.append({"prompt_tokens": reply["input_tokens"], "completion_tokens": reply["output_tokens"]})
+    prompt = reply["input_tokens"] + reply["cache_read_input_tokens"]  # Anthropic tells them apart
+    usage.append({"prompt_tokens": prompt, "completion_tokens": reply["output_tokens"]})
     body = {"model": "synthia", "input": "What is an orca?", "max_output_tokens": 9, "stream": True}
     text = client.post("/v1/responses", json=body, headers=headers).text
     reply = json.loads(text.strip().split("\n\n")[-1].partition("data: ")[2])["response"]["usage"]

@@ -4,23 +4,39 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from typing import Any
 
 from starlette.types import ASGIApp
 
-from synthia_vllm.gateway.listener import DrainingServer
+from synthia_vllm.gateway.edge.listener import DrainingServer
 from synthia_vllm.settings import Settings
 
 
 @contextmanager
-def serving(app: ASGIApp, **settings: object) -> Iterator[int]:
-    """Yields the port. The network's limits are those of the settings."""
+def serving(
+    app: ASGIApp,
+    *,
+    beside: AbstractAsyncContextManager[Any] | None = None,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    **settings: object,
+) -> Iterator[int]:
+    """Yields the port. The network's limits are those of the settings; `beside` runs as long as the server does."""
     sock = socket.socket()
     sock.bind(("127.0.0.1", 0))
     ready = threading.Event()
     server = DrainingServer(app, Settings(drain_timeout=1.0, **settings), ready.set)  # type: ignore[arg-type]
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+
+    async def serve() -> None:
+        async with beside or nullcontext():
+            await server.serve(sockets=[sock])
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(serve())
+
+    thread = threading.Thread(target=run)
     thread.start()
     assert ready.wait(10)
     try:

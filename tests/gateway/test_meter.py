@@ -1,120 +1,105 @@
-from typing import Any
+"""What is counted of a request, from the deltas that the engine yields."""
 
-import msgspec
+import asyncio
+
 import pytest
-from starlette.responses import StreamingResponse
-from starlette.types import ASGIApp
 
-from tests.gateway.stack import ScriptedEngine, Stack
-
-CHAT = {"model": "synthia", "messages": [{"role": "user", "content": "Hello"}]}
-
-
-async def stream(stack: Stack, path: str = "/v1/chat/completions", **body: Any) -> list[Any]:
-    async with stack.client() as client:
-        reply = await client.post(path, json={**CHAT, "stream": True, **body})
-    events = [line.removeprefix("data: ") for line in reply.text.split("\n\n") if line]
-    assert events.pop() == "[DONE]"
-    return [msgspec.json.decode(event) for event in events]
+from synthia_vllm.engine.port import Delta, Engine
+from synthia_vllm.errors import RequestError, UpstreamLost
+from synthia_vllm.gateway.meter import Meter
+from synthia_vllm.gateway.request import Request, Usage
+from synthia_vllm.gateway.sequences import Sequences
+from tests.gateway.layers import Held, Saying, collect, collecting, make_request, settle, tokens
 
 
-async def test_the_client_sees_no_usage_that_it_did_not_ask_for() -> None:
-    stack = Stack(ScriptedEngine("Hel", "lo"))
-    chunks = await stream(stack)
-    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["Hel", "lo"]
-    assert not any("usage" in chunk for chunk in chunks)
-    assert (stack.calls[0].prompt_tokens, stack.calls[0].generated) == (7, 2)
-    assert stack.calls[0].completed
+class Clock:
+    """Each look at it takes a second."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1
+        return self.now
 
 
-async def test_usage_at_the_end_is_passed_to_who_asked_for_it() -> None:
-    chunks = await stream(Stack(ScriptedEngine()), stream_options={"include_usage": True})
-    assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["completion_tokens"] == 2
-    assert not any("usage" in chunk for chunk in chunks[:-1])
+async def metered(engine: Engine, request: Request) -> Usage:
+    await collect(Sequences(Meter(engine, clock=Clock())), request)
+    return request.usage
 
 
-async def test_usage_in_each_chunk_is_passed_to_who_asked_for_it() -> None:
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = await stream(Stack(ScriptedEngine()), stream_options=options)
-    assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [1, 2, 2]
+def billed(usage: Usage) -> tuple[int, int]:
+    return usage.billed_prompt, usage.billed_generated
 
 
-async def test_a_whole_reply_tells_at_its_end() -> None:
-    stack = Stack(ScriptedEngine("a", "b", "c"))
-    async with stack.client() as client:
-        await client.post("/v1/chat/completions", json=CHAT)
-    assert (stack.calls[0].billed_prompt, stack.calls[0].billed_generated) == (7, 3)
+async def test_tokens_are_counted_by_their_ids_and_pass_unchanged() -> None:
+    deltas = [Delta((1, 2, 3), "abc", cached=4), Delta((), "d"), Delta((4,), "e", "stop")]
+    request = make_request(prompt=7)
+    assert await collect(Sequences(Meter(Saying(*deltas))), request) == deltas
+    usage = request.usage
+    assert (usage.prompt, usage.cached, usage.generated, usage.completed) == (7, 4, 4, True)
+    assert billed(usage) == (7, 4)
 
 
-async def test_what_is_said_is_not_taken_for_usage() -> None:
-    text = ',"usage":{"prompt_tokens":1,"total_tokens":1,"completion_tokens":999}}'
-    stack = Stack(ScriptedEngine(text, "x"))
-    chunks = await stream(stack)
-    assert chunks[0]["choices"][0]["delta"]["content"] == text
-    assert stack.calls[0].generated == 2
+async def test_the_moments_of_its_life_are_noted_once_each() -> None:
+    usage = await metered(Saying(Delta(note="waiting"), *tokens("a", "b", "c")), make_request())
+    assert (usage.dispatched, usage.first_token, usage.last_token, usage.done) == (1.0, 2.0, 4.0, 5.0)
 
 
-class Foreign(ScriptedEngine):
-    """An engine that knows nothing of usage while streaming, and cuts its chunks anywhere."""
-
-    def __init__(self, pieces: list[bytes]) -> None:
-        super().__init__()
-        self.pieces = pieces
-
-    def answer(self, request: dict[str, Any], path: str) -> ASGIApp:
-        async def events() -> Any:
-            for piece in self.pieces:
-                yield piece
-
-        return StreamingResponse(events(), media_type="text/event-stream")
+async def test_what_the_engine_refuses_costs_nothing() -> None:
+    request = make_request(prompt=100)
+    with pytest.raises(RequestError):
+        await metered(Saying(Delta(note="waiting"), RequestError("no")), request)
+    assert billed(request.usage) == (0, 0)
+    assert request.usage.done is not None
 
 
-@pytest.mark.parametrize("size", [1, 7, 1000])
-async def test_chunks_are_counted_where_the_engine_does_not_tell(size: int) -> None:
-    chunks = [b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n']
-    chunks += [b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'] * 3
-    text = b"".join(chunks) + b"data: [DONE]\n\n"
-    stack = Stack(Foreign([text[at : at + size] for at in range(0, len(text), size)]))
-    got = await stream(stack)
-    assert stack.calls[0].generated == 3
-    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in got) == "aaa"
+async def test_what_breaks_in_its_middle_costs_what_was_generated() -> None:
+    request = make_request(prompt=100)
+    with pytest.raises(UpstreamLost):
+        await metered(Saying(*tokens("a", "b")[:1], UpstreamLost("gone")), request)
+    assert billed(request.usage) == (100, 1)
+    assert not request.usage.completed
 
 
-async def test_several_choices_are_summed() -> None:
-    def chunk(index: int, count: int) -> bytes:
-        usage = {"prompt_tokens": 5, "total_tokens": 5 + count, "completion_tokens": count}
-        return b"data: " + msgspec.json.encode({"choices": [{"index": index, "text": "a"}], "usage": usage}) + b"\n\n"
-
-    pieces = [chunk(0, 1), chunk(1, 1), chunk(0, 2), chunk(1, 2), chunk(1, 3), b"data: [DONE]\n\n"]
-    stack = Stack(Foreign(pieces))
-    got = await stream(stack, "/v1/completions", prompt="x", n=2)
-    assert stack.calls[0].generated == 5
-    assert not any("usage" in one for one in got)
+async def test_who_leaves_while_the_prompt_is_read_pays_for_the_prompt() -> None:
+    request = make_request(prompt=100)
+    (task,) = collecting(Sequences(Meter(Held())), [request])
+    await settle()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert billed(request.usage) == (100, 0)
 
 
-async def test_the_body_goes_upstream_as_the_client_sent_it() -> None:
-    engine = ScriptedEngine()
-    body = b'{"model": "synthia",  "prompt": "x", "temperature": 1.0}'
-    async with Stack(engine).client() as client:
-        await client.post("/v1/completions", content=body)
-    assert engine.bodies == [body]
+async def test_it_is_counted_as_it_grows() -> None:
+    request = make_request()
+    seen = [request.usage.generated async for _ in Meter(Saying(*tokens("a", "b", "c"))).generate(request)]
+    assert seen == [1, 2, 3]
 
 
-async def test_a_clients_priority_is_dropped() -> None:
-    engine = ScriptedEngine()
-    async with Stack(engine).client() as client:
-        for path in ("/v1/completions", "/v1/chat/completions"):
-            await client.post(path, json={**CHAT, "prompt": "x", "priority": -9})
-    assert not any("priority" in seen for seen in engine.seen)
+async def test_several_sequences_are_summed_and_whole_when_all_have_ended() -> None:
+    request = make_request(prompts=2, replies=2, prompt=5)
+    usage = request.usage
+    layer = Sequences(Meter(Saying(*tokens("a", "b", "c"))))
+    seen = [(usage.generated, usage.completed) async for _ in layer.generate(request)]
+    assert not seen[0][1]
+    assert seen[-1] == (12, True)
+    assert billed(usage) == (10, 12)
 
 
-async def test_the_events_of_the_other_apis_pass_whole() -> None:
-    usage = b'"usage":{"input_tokens":4,"output_tokens":2}'
-    data = b'{"type":"response.completed","sequence_number":0,"response":{"id":"1",' + usage + b"}}"
-    pieces = [b"event: response.completed\ndata: " + data + b"\n\n"]
-    stack = Stack(Foreign(pieces))
-    async with stack.client() as client:
-        reply = await client.post("/v1/responses", json={"model": "synthia", "input": "x", "stream": True})
-    assert "response.completed" in reply.text
-    assert (stack.calls[0].prompt_tokens, stack.calls[0].generated) == (4, 2)
+async def test_the_cached_part_of_a_prompt_counts_once_however_many_replies_it_gets() -> None:
+    first = [Delta((1,), "a", "stop", cached=3)]
+    usage = await metered(Saying(*first), make_request(prompts=2, replies=4, prompt=5))
+    assert (usage.cached, usage.prompt) == (6, 10)
+
+
+async def test_the_engines_own_count_takes_the_place_of_an_estimate() -> None:
+    request = make_request(prompt=100, prompts=2, replies=2, exact=False)
+    usage = await metered(Saying(Delta((1,), "a", "stop", prompt_tokens=9)), request)
+    assert usage.prompt == 18
+
+
+async def test_a_count_that_is_told_for_some_prompts_only_is_none() -> None:
+    request = make_request(prompt=100, prompts=2, exact=False)
+    first = Meter(Saying(Delta((1,), "a", "stop", prompt_tokens=9)))
+    assert [delta async for delta in first.generate(request)]
+    assert request.usage.prompt == 200

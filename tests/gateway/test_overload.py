@@ -7,11 +7,10 @@ import time
 from collections import Counter
 
 import psutil
-from starlette.types import ASGIApp
 
-from benchmarks.null_engine import NullEngine
+from benchmarks.null_port import NullEnginePort
+from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.fair.layer import FairQueue
-from synthia_vllm.gateway.fair.room import Capacity
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from tests.gateway.asgi import Answer, post
 from tests.gateway.stack import Stack
@@ -23,13 +22,9 @@ MAX_WAIT_S = 2.0
 
 
 async def test_what_is_admitted_finishes_and_what_is_refused_is_told_when_to_come_back() -> None:
-    engine = NullEngine(tokens_per_second=TOKENS_PER_SECOND, max_num_seqs=SLOTS)
+    engine = NullEnginePort(tokens_per_second=TOKENS_PER_SECOND, max_num_seqs=SLOTS)
     scheduler = Scheduler(Capacity(requests=SLOTS))
-
-    def queue(app: ASGIApp) -> ASGIApp:
-        return FairQueue(app, scheduler=scheduler, max_wait=MAX_WAIT_S)
-
-    stack = Stack(engine, between=queue)
+    stack = Stack(engine, between=lambda layer: FairQueue(layer, scheduler=scheduler, max_wait=MAX_WAIT_S))
     body = {"model": "null", "prompt": "x", "max_tokens": TOKENS, "stream": True}
     memory: list[int] = []
     tasks: list[asyncio.Task[Answer]] = []

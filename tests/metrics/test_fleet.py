@@ -4,7 +4,8 @@ import asyncio
 import json
 import threading
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -37,13 +38,6 @@ class Source:
 
     def replicas(self) -> list[ReplicaView]:
         return list(self.views.values())
-
-
-async def lifespan(receive: Receive, send: Send) -> None:
-    with suppress(asyncio.CancelledError):
-        while (message := await receive())["type"] != "lifespan.shutdown":
-            await send({"type": f"{message['type']}.complete"})
-        await send({"type": "lifespan.shutdown.complete"})
 
 
 async def page(fleet: Fleet, wait: float = 5.0) -> str:
@@ -93,11 +87,8 @@ async def test_a_replica_that_hangs_holds_up_neither_the_scrape_nor_the_others(m
     release = threading.Event()
 
     async def hanging(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await lifespan(receive, send)
         while not release.is_set():
             await asyncio.sleep(0.01)
-        return None
 
     source = Source()
     fleet = Fleet(source)
@@ -163,8 +154,9 @@ def test_rates_over_a_sum_show_no_spike_and_no_negative_when_a_replica_is_replac
     fleet = Fleet(source)
     exporter = Exporter(recorder, lambda: Waiting({}, {}), fleet=fleet)
 
-    async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
-        await lifespan(receive, send)
+    @asynccontextmanager
+    async def closing() -> AsyncIterator[None]:
+        yield
         await fleet.close()
 
     with ExitStack() as stack:
@@ -179,7 +171,7 @@ def test_rates_over_a_sum_show_no_spike_and_no_negative_when_a_replica_is_replac
         engines = {name: stack.enter_context(ExitStack()) for name in "abc"}
         start("a", engines["a"])
         start("b", engines["b"])
-        port = stack.enter_context(serving(MetricsRoutes(nothing, exporter)))
+        port = stack.enter_context(serving(MetricsRoutes(exporter), beside=closing()))
         scraping = {
             "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
             "scrape_configs": [

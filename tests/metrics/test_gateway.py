@@ -13,7 +13,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from benchmarks.null_engine import NullEngine
+from benchmarks.null_port import NullEnginePort
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.metrics.cells import quantile
 from synthia_vllm.settings import Settings
@@ -64,7 +64,7 @@ async def load(tmp_path: Path) -> AsyncIterator[Load]:
         limits={"tokens_per_minute": 10_000},
         log={"requests": False},
     )  # type: ignore[arg-type]
-    engine = NullEngine(tokens_per_second=100, prefill_s=0.03)
+    engine = NullEnginePort(tokens_per_second=100, prefill_s=0.03, context=100_000)
     async with Gateway(engine, settings) as gateway:
         yield Load(gateway)
 

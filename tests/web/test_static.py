@@ -5,8 +5,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
+from benchmarks.null_port import NullEnginePort
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.routes import Routes
+from synthia_vllm.gateway.edge.routes import Routes
 from synthia_vllm.prompt import SYSTEM_PROMPTS
 from synthia_vllm.settings import Settings
 from synthia_vllm.web.page import StatusPage, content_security_policy
@@ -21,7 +22,7 @@ PAGE = StatusPage(keys_required=True)
 
 
 async def test_the_page_is_at_the_root_and_nowhere_else() -> None:
-    async with client(Routes(UPSTREAM, page=PAGE)) as http:
+    async with client(Routes(UPSTREAM, methods={}, page=PAGE)) as http:
         got = await http.get("/")
         assert (got.status_code, got.headers["content-type"]) == (200, "text/html; charset=utf-8")
         assert got.headers["content-length"] == str(len(got.content))
@@ -34,7 +35,7 @@ async def test_the_page_is_at_the_root_and_nowhere_else() -> None:
 
 
 async def test_a_page_that_is_known_is_not_sent_again() -> None:
-    async with client(Routes(UPSTREAM, page=PAGE)) as http:
+    async with client(Routes(UPSTREAM, methods={}, page=PAGE)) as http:
         first = await http.get("/")
         again = await http.get("/", headers={"If-None-Match": f'W/"other", {first.headers["etag"]}'})
         assert (again.status_code, again.content) == (304, b"")
@@ -45,7 +46,7 @@ async def test_one_setting_turns_it_off(
     page: bool, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNTHIA_DATA", str(tmp_path))
-    gateway = Gateway(UPSTREAM, Settings(page=page))
+    gateway = Gateway(NullEnginePort(), Settings(page=page))
     async with client(gateway.app) as http:
         assert (await http.get("/")).status_code == status
 
@@ -75,7 +76,7 @@ async def test_the_live_view_is_open_where_no_keys_are_asked_for(
     mode: str, status: int, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SYNTHIA_DATA", str(tmp_path))
-    gateway = Gateway(UPSTREAM, Settings.model_validate({"access": {"mode": mode}}))
+    gateway = Gateway(NullEnginePort(), Settings.model_validate({"access": {"mode": mode}}))
     async with client(gateway.app) as http:
         assert (await http.get("/admin/live")).status_code == status
         assert (await http.get("/")).headers["x-synthia-keys"] == ("required" if mode == "keys" else "none")

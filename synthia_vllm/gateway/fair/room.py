@@ -1,21 +1,13 @@
 """How much of the engine is taken: the tokens that running requests hold in its KV cache, and their number."""
 
 import math
-from dataclasses import dataclass
+
+from synthia_vllm.engine.port import Capacity
 
 _LEARNING_RATE = 0.1
 _MAX_USERS = 10_000  # whose usual length is remembered
 # Of both capacities, kept for users who have nothing running, so that they need not wait for another's end.
 _NEWCOMERS_SHARE = 1 / 16
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the engine holds at once; None is unknown, and then unbounded."""
-
-    tokens: int | None = None
-    requests: int | None = None
-    block: int = 1  # tokens are held in blocks of this size
 
 
 class Room:

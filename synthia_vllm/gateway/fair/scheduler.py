@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.fair.counters import Counters
 from synthia_vllm.gateway.fair.rate import ServiceRate
-from synthia_vllm.gateway.fair.room import Capacity, Room
+from synthia_vllm.gateway.fair.room import Room
 
 Policy = Literal["vtc", "fcfs"]
 

@@ -1,51 +1,69 @@
 """The layer that holds each user to its limits."""
 
 import asyncio
+import contextlib
 import math
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
+from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import LimitExceeded, RequestError
 from synthia_vllm.gateway.accounts import UNLIMITED, UserLimits
-from synthia_vllm.gateway.call import call_of
 from synthia_vllm.gateway.limits.base import Limiter, Refusal
+from synthia_vllm.gateway.request import Layer, Request
 
 
 class Limits:
-    """Reserves the most that a call may use, and settles what it did use, however it ends. A pure ASGI layer.
+    """Reserves the most that a request may use, and settles what it did use when the engine is done with it.
 
     Raises LimitExceeded (429) with the wait after which the same request gets in; RequestError (400) for one that
     never can. Users without limits pass untouched.
     """
 
-    def __init__(self, app: ASGIApp, *, limiter: Limiter, defaults: UserLimits = UNLIMITED) -> None:
-        self.app = app
+    def __init__(self, engine: Layer, *, limiter: Limiter, defaults: UserLimits = UNLIMITED) -> None:
+        self.engine = engine
         self.limiter = limiter
         self.defaults = defaults
         self._settling: set[asyncio.Task[None]] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = call_of(scope)
-        if call is None or call.max_generated == 0:
-            return await self.app(scope, receive, send)
-        limits = merge(call.account.limits, self.defaults)
-        if limits == UNLIMITED:
-            return await self.app(scope, receive, send)
-        user = call.account.user
-        refusal = await self.limiter.reserve(user, limits, call.id, call.prompt_tokens + call.max_generated)
+    def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
+        limits = merge(request.account.limits, self.defaults)
+        return self.engine.generate(request) if limits == UNLIMITED else self._within(limits, request)
+
+    async def _within(self, limits: UserLimits, request: Request) -> AsyncGenerator[Delta, None]:
+        user = request.account.user
+        most = request.prompt_tokens + request.max_generated
+        reserving = asyncio.ensure_future(self.limiter.reserve(user, limits, request.id, most))
+        try:
+            refusal = await asyncio.shield(reserving)
+        except asyncio.CancelledError:
+            await self._to_its_end(self._give_back(reserving, request))
+            raise
         if refusal is not None:
             raise _error(refusal)
         try:
-            return await self.app(scope, receive, send)
+            async with aclosing(self.engine.generate(request)) as deltas:
+                async for delta in deltas:
+                    yield delta
         finally:
-            # A task of its own: it goes on where this one is cancelled.
-            settling = asyncio.create_task(
-                self.limiter.settle(user, call.id, call.billed_prompt + call.billed_generated)
-            )
-            self._settling.add(settling)
-            settling.add_done_callback(self._settling.discard)
-            await asyncio.shield(settling)
+            usage = request.usage
+            used = usage.billed_prompt + usage.billed_generated
+            await self._to_its_end(self.limiter.settle(user, request.id, used))
+
+    async def _give_back(self, reserving: "asyncio.Future[Refusal | None]", request: Request) -> None:
+        """For one who left while it was reserved: it may be booked all the same."""
+        with contextlib.suppress(RequestError):
+            await reserving
+            await self.limiter.settle(request.account.user, request.id, 0)
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs it in a task of its own: it goes on where this one is cancelled."""
+        task = asyncio.create_task(work)
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        await asyncio.shield(task)
 
 
 def merge(own: UserLimits, defaults: UserLimits) -> UserLimits:

@@ -10,7 +10,7 @@ import redis.asyncio
 import structlog
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from synthia_vllm.errors import Overloaded
 from synthia_vllm.gateway.accounts import UserLimits
@@ -33,7 +33,7 @@ class SharedLimiter:
     Open calls are leases that a heartbeat renews; one that lapses gives back its reservation, and what its call used
     is then not counted. While Redis is gone: `closed` raises Overloaded (503), `local` counts in this process; what
     Redis knew before it went comes back with it, what was counted locally does not go there. It is gone where it
-    can't be reached, or does not answer, for `timeout` seconds.
+    can't be reached, does not answer for `timeout` seconds, or takes nothing (read-only, out of memory).
     """
 
     def __init__(
@@ -123,6 +123,8 @@ class SharedLimiter:
             except (RedisError, OSError, TimeoutError) as error:
                 if operation == "reserve" and not probing:
                     self._unsettled[str(words[0])] = user, 0  # Redis may have booked it
+                if type(error) is ResponseError:
+                    return self._failed(error, user, operation)
                 self._lost(error)
                 return None
         if self._down_since is not None:
@@ -130,6 +132,13 @@ class SharedLimiter:
             self._down_since = None
             SHARED_UP.set(1)
         return answer
+
+    def _failed(self, error: ResponseError, user: str, operation: str) -> list[bytes]:
+        """The script failed on this user's keys: that is no Redis that is gone. What was to be settled is given up."""
+        _log.error("shared_limits_failed", user=user, operation=operation, error=str(error))
+        if operation in ("settle", "renew"):
+            return []
+        raise error
 
     def _lost(self, error: Exception) -> None:
         self._probed = time.monotonic()

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, insert, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from synthia_vllm.gateway.call import Call
+from synthia_vllm.gateway.request import Exchange, Observer
 from synthia_vllm.gateway.store.database import insert_or_ignore
 from synthia_vllm.gateway.store.tables import Entry, Writer
 
@@ -28,8 +28,8 @@ _PAUSE_S = 5.0  # most between two tries while the database is gone
 _log = structlog.get_logger(__name__)
 
 
-class Ledger:
-    """Takes finished calls at once and writes them each half second; a row written twice is written once.
+class Ledger(Observer):
+    """An observer that takes requests as they end and writes them each half second; a row written twice is there once.
 
     A process that is killed loses what it had not written: the rows of the last half second. The next one to start
     finds out by the writer's row that never ended, logs `ledger_gap`, and marks it for `usage` to tell.
@@ -56,12 +56,16 @@ class Ledger:
         """Rows that are not written yet."""
         return len(self._waiting) + len(self._batch)
 
-    def add(self, call: Call) -> None:
-        """Notes a call that has ended. Never waits."""
+    def ended(self, exchange: Exchange) -> None:
+        """Notes a request that generates, when it has ended. Never waits."""
+        if exchange.request is not None:
+            self.add(exchange)
+
+    def add(self, exchange: Exchange) -> None:
         if len(self._waiting) >= _MOST_WAITING:
             self._waiting.popleft()
             self.lost += 1
-        self._waiting.append(row_of(call))
+        self._waiting.append(row_of(exchange))
 
     async def run(self) -> None:
         """Writes until it is cancelled."""
@@ -126,25 +130,26 @@ class Ledger:
             )
 
 
-def row_of(call: Call) -> dict[str, Any]:
-    """A call as a row of the ledger."""
-    ended = call.ended if call.ended is not None else time.perf_counter()
+def row_of(exchange: Exchange) -> dict[str, Any]:
+    """An exchange as a row of the ledger."""
+    ended = exchange.ended if exchange.ended is not None else time.perf_counter()
+    first_token = exchange.usage.first_token
     return {
-        "id": call.id,
-        "request_id": call.request_id,
-        "user": call.account.user,
-        "key_id": call.account.key_id,
-        "model": call.model.replace("\0", "\ufffd")[:255],  # a client's text; PostgreSQL takes no NUL
-        "route": call.route,
-        "arrived_at": call.arrived_at,
-        "duration": ended - call.arrived,
-        "queue_wait": call.queue_wait,
-        "time_to_first_token": call.first_token - call.arrived if call.first_token is not None else None,
-        "prompt_tokens": call.billed_prompt,
-        "generated_tokens": call.billed_generated,
-        "status": call.status,
-        "outcome": call.outcome,
-        "reason": call.reason[:32],
+        "id": exchange.id,
+        "request_id": exchange.request_id,
+        "user": exchange.account.user,
+        "key_id": exchange.account.key_id,
+        "model": exchange.model.replace("\0", "\ufffd")[:255],  # a client's text; PostgreSQL takes no NUL
+        "route": exchange.route,
+        "arrived_at": exchange.arrived_at,
+        "duration": ended - exchange.arrived,
+        "queue_wait": exchange.queue_wait,
+        "time_to_first_token": first_token - exchange.arrived if first_token is not None else None,
+        "prompt_tokens": exchange.usage.billed_prompt,
+        "generated_tokens": exchange.usage.billed_generated,
+        "status": exchange.status,
+        "outcome": exchange.outcome,
+        "reason": exchange.reason[:32],
     }
 
 

@@ -2,8 +2,8 @@
 
 from collections import defaultdict
 
+from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.fair.room import Capacity
 from synthia_vllm.gateway.fair.scheduler import Scheduler, Ticket
 
 

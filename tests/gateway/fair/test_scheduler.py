@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.fair.room import Capacity
 from tests.gateway.fair.simulated import SimulatedEngine
 
 ALICE, BOB = Account("alice"), Account("bob")

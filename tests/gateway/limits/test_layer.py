@@ -1,59 +1,73 @@
 import asyncio
-from typing import Any
 
 import pytest
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from synthia_vllm.errors import LimitExceeded, RequestError
 from synthia_vllm.gateway.accounts import Account, UserLimits
-from synthia_vllm.gateway.limits.base import Standing
+from synthia_vllm.gateway.limits.base import Refusal, Standing
 from synthia_vllm.gateway.limits.layer import Limits, merge
 from synthia_vllm.gateway.limits.memory import MemoryLimiter
-from tests.gateway.asgi import post
-from tests.gateway.stack import ACCOUNTS, ScriptedEngine, Stack
+from synthia_vllm.gateway.meter import Meter
+from synthia_vllm.gateway.request import Request
+from synthia_vllm.gateway.sequences import Sequences
+from tests.gateway.layers import Held, Saying, collect, collecting, make_request, settle, tokens
 
-BODY = {"model": "null", "prompt": [1] * 10, "max_tokens": 20}
-KEY = {"x-api-key": "limited"}
+LIMITED = Account("limited", limits=UserLimits(tokens_per_minute=100, concurrent_requests=1))
+
+
+def limited(id: str = "1", *, prompt: int = 7, most: int = 20) -> Request:
+    return make_request(account=LIMITED, id=id, prompt=prompt, most=most)
 
 
 @pytest.fixture
 def limiter() -> MemoryLimiter:
-    ACCOUNTS["limited"] = Account("limited", limits=UserLimits(tokens_per_minute=100, concurrent_requests=1))
     return MemoryLimiter()
 
 
-def stack(limiter: Any, engine: ASGIApp, **defaults: Any) -> Stack:
-    return Stack(engine, between=lambda app: Limits(app, limiter=limiter, defaults=UserLimits(**defaults)))
+def layer(limiter: MemoryLimiter, engine: Saying | Held, defaults: UserLimits | None = None) -> Limits:
+    return Limits(Sequences(Meter(engine)), limiter=limiter, defaults=defaults or UserLimits())
 
 
 async def test_a_finished_request_is_settled_with_what_it_used(limiter: MemoryLimiter) -> None:
-    assert (await post(stack(limiter, ScriptedEngine("a", "b")).app, BODY, headers=KEY)).status == 200
+    await collect(layer(limiter, Saying(*tokens("a", "b"))), limited())
     assert await limiter.standing("limited") == Standing(1, 7 + 2, 0, 0)
 
 
-async def test_a_client_that_leaves_and_a_process_that_stops_are_settled(limiter: MemoryLimiter) -> None:
-    async def hanging(scope: Scope, receive: Receive, send: Send) -> None:
-        await asyncio.Event().wait()
+async def test_what_the_engine_refused_is_settled_with_nothing(limiter: MemoryLimiter) -> None:
+    with pytest.raises(RequestError):
+        await collect(layer(limiter, Saying(RequestError("no"))), limited())
+    assert await limiter.standing("limited") == Standing(1, 0, 0, 0)
 
-    task = asyncio.create_task(post(stack(limiter, hanging).app, BODY, headers=KEY))
-    await asyncio.sleep(0.05)
+
+async def test_the_most_that_it_may_use_is_reserved_meanwhile(limiter: MemoryLimiter) -> None:
+    engine = Held()
+    (task,) = collecting(layer(limiter, engine), [limited()])
+    await settle()
+    assert await limiter.standing("limited") == Standing(1, 7 + 20, 1, 0)
+    engine.release.set()
+    await task
+
+
+async def test_a_client_that_leaves_and_a_process_that_stops_are_settled(limiter: MemoryLimiter) -> None:
+    (task,) = collecting(layer(limiter, Held()), [limited()])
+    await settle()
     assert (await limiter.standing("limited")).concurrent_requests == 1
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    await asyncio.sleep(0)
-    assert (await limiter.standing("limited")).concurrent_requests == 0
+    assert await limiter.standing("limited") == Standing(1, 7, 0, 0)
 
 
-async def test_settling_goes_on_where_the_request_is_cancelled_meanwhile(limiter: MemoryLimiter) -> None:
-    settle = limiter.settle
+async def test_settling_goes_on_where_the_request_is_cancelled_meanwhile() -> None:
     settling = asyncio.Event()
 
-    async def slowly(user: str, call_id: str, tokens: int) -> None:
-        settling.set()
-        await asyncio.sleep(0.05)
-        await settle(user, call_id, tokens)
+    class Slow(MemoryLimiter):
+        async def settle(self, user: str, call_id: str, tokens: int) -> None:
+            settling.set()
+            await asyncio.sleep(0.05)
+            await super().settle(user, call_id, tokens)
 
-    limiter.settle = slowly  # type: ignore[method-assign]
-    task = asyncio.create_task(post(stack(limiter, ScriptedEngine("a", "b")).app, BODY, headers=KEY))
+    limiter = Slow()
+    (task,) = collecting(layer(limiter, Saying(*tokens("a", "b"))), [limited()])
     await settling.wait()
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -62,38 +76,59 @@ async def test_settling_goes_on_where_the_request_is_cancelled_meanwhile(limiter
     assert await limiter.standing("limited") == Standing(1, 7 + 2, 0, 0)
 
 
-async def test_an_upstream_that_breaks_is_settled(limiter: MemoryLimiter) -> None:
-    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
-        raise OSError("gone")
+async def test_a_client_that_leaves_while_its_tokens_are_reserved_gets_them_back() -> None:
+    reserving = asyncio.Event()
 
+    class Slow(MemoryLimiter):
+        async def reserve(self, user: str, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None:
+            refusal = await super().reserve(user, limits, call_id, tokens)
+            reserving.set()
+            await asyncio.sleep(0.05)
+            return refusal
+
+    limiter, engine = Slow(), Saying(*tokens("a"))
+    (task,) = collecting(layer(limiter, engine), [limited()])
+    await reserving.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert await limiter.standing("limited") == Standing(1, 0, 0, 0)
+    assert engine.asked == 0
+
+
+async def test_an_upstream_that_breaks_is_settled(limiter: MemoryLimiter) -> None:
     with pytest.raises(OSError, match="gone"):
-        await post(stack(limiter, broken).app, BODY, headers=KEY)
-    assert (await limiter.standing("limited")).concurrent_requests == 0
+        await collect(layer(limiter, Saying(tokens("a", "b")[0], OSError("gone"))), limited())
+    assert await limiter.standing("limited") == Standing(1, 7 + 1, 0, 0)
 
 
 async def test_a_refusal_says_when_to_come_back(limiter: MemoryLimiter) -> None:
-    app = stack(limiter, ScriptedEngine()).app
+    engine = Saying(*tokens("a"))
     await limiter.reserve("limited", UserLimits(), "other", 1)
-    answer = await post(app, BODY, headers=KEY)
-    assert (answer.status, answer.headers[b"retry-after"]) == (429, b"1")
+    with pytest.raises(LimitExceeded) as caught:
+        await collect(layer(limiter, engine), limited())
+    assert (caught.value.status, dict(caught.value.headers)[b"retry-after"]) == (429, b"1")
     await limiter.settle("limited", "other", 95)
-    answer = await post(app, BODY, headers=KEY)
-    assert (answer.status, answer.headers[b"retry-after"]) == (429, b"60")
+    with pytest.raises(LimitExceeded) as caught:
+        await collect(layer(limiter, engine), limited())
+    assert (caught.value.reason, dict(caught.value.headers)[b"retry-after"]) == ("tokens_per_minute", b"60")
+    assert engine.asked == 0
 
 
 async def test_what_never_gets_in_is_told_so(limiter: MemoryLimiter) -> None:
-    answer = await post(stack(limiter, ScriptedEngine()).app, {**BODY, "max_tokens": 1000}, headers=KEY)
-    assert answer.status == 400
-    assert b"retry-after" not in answer.headers
+    with pytest.raises(RequestError) as caught:
+        await collect(layer(limiter, Saying()), limited(most=1000))
+    assert (caught.value.status, caught.value.param, caught.value.headers) == (400, "max_tokens", [])
 
 
-async def test_users_without_limits_touch_no_counter() -> None:
-    assert (await post(stack(None, ScriptedEngine()).app, BODY, headers={"x-api-key": "sk-alice"})).status == 200
+async def test_users_without_limits_touch_no_counter(limiter: MemoryLimiter) -> None:
+    await collect(layer(limiter, Saying(*tokens("a"))), make_request("alice"))
+    assert await limiter.standing("alice") == Standing()
 
 
 async def test_defaults_hold_where_a_user_has_none(limiter: MemoryLimiter) -> None:
-    app = stack(limiter, ScriptedEngine(), requests_per_minute=1).app
-    statuses = [(await post(app, BODY, headers={"x-api-key": "sk-alice"})).status for _ in range(2)]
-    assert statuses == [200, 429]
+    limits = layer(limiter, Saying(*tokens("a")), UserLimits(requests_per_minute=1))
+    await collect(limits, make_request("alice"))
+    with pytest.raises(LimitExceeded):
+        await collect(limits, make_request("alice", id="2"))
     own, defaults = UserLimits(requests_per_minute=5), UserLimits(requests_per_minute=1, tokens_per_minute=2)
     assert merge(own, defaults) == UserLimits(requests_per_minute=5, tokens_per_minute=2)

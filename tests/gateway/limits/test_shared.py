@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from itertools import accumulate
 
 import pytest
+import redis.asyncio
 from prometheus_client import REGISTRY
+from redis.exceptions import ResponseError
 
 from synthia_vllm.errors import Overloaded
 from synthia_vllm.gateway.accounts import UserLimits
@@ -186,3 +188,20 @@ def hanging(server: RedisServer) -> Iterator[None]:
         yield
     finally:
         server._process.send_signal(signal.SIGCONT)
+
+
+async def test_a_script_that_fails_on_one_users_keys_is_no_redis_that_is_gone(redis_url: str) -> None:
+    limiter = SharedLimiter(redis_url, lease=0.3)
+    assert await limiter.reserve("b", LIMITS, "b1", 10) is None
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        await client.set("{synthia:limits:a}:window", "no sorted set")
+        with pytest.raises(ResponseError):
+            await limiter.reserve("a", LIMITS, "a1", 10)
+        assert REGISTRY.get_sample_value("synthia_limits_shared_up") == 1
+        await asyncio.sleep(0.5)  # the heartbeat goes on
+        assert (await limiter.standing("b")).concurrent_requests == 1
+        await client.delete("{synthia:limits:a}:window")
+    assert await limiter.reserve("a", LIMITS, "a2", 10) is None
+    await limiter.settle("b", "b1", 5)
+    assert await limiter.standing("b") == Standing(1, 5, 0, 0)
+    await limiter.close()

@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.call import Call
+from synthia_vllm.gateway.request import Exchange
 from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.keys import KeyStore
+from tests.gateway.layers import make_request
 
 SECRET = b"a secret of the tests"
-MakeCall = Callable[..., Call]
+MakeExchange = Callable[..., Exchange]
 
 
 @pytest.fixture(autouse=True)
@@ -44,18 +46,26 @@ def store(engine: Engine) -> KeyStore:
 
 
 @pytest.fixture
-def make_call() -> MakeCall:
-    """Builds a call that has ended: what was served unless `outcome` says otherwise."""
+def make_exchange() -> MakeExchange:
+    """Builds an exchange that has ended: what was served unless `outcome` says otherwise."""
 
-    def make(name: str, user: str = "alice", *, prompt: int = 10, generated: int = 5, **given: object) -> Call:
-        call = Call(id=name, request_id=name, route="/v1/chat/completions", account=Account(user, key_id="k"))
-        call.model, call.prompt_tokens, call.generated = "synthia", prompt, generated
-        call.status, call.outcome, call.max_generated = 200, "finished", 100
-        for field, value in given.items():
-            setattr(call, field, value)
-        if call.outcome != "rejected":
-            call.dispatch()
-        call.ended = time.perf_counter()
-        return call
+    def make(name: str, user: str = "alice", *, prompt: int = 10, generated: int = 5, **given: Any) -> Exchange:
+        accepted = given.get("outcome", "finished") != "rejected"
+        account = Account(user, key_id="k")
+        request = make_request(account=account, id=name, prompt=prompt, most=100)
+        usage = request.usage
+        usage.generated, usage.accepted = generated, accepted
+        usage.dispatched = time.perf_counter() if accepted else None
+        fields: dict[str, Any] = {"model": "synthia", "status": 200, "outcome": "finished", **given}
+        return Exchange(
+            id=name,
+            request_id=name,
+            route="/v1/chat/completions",
+            account=account,
+            request=request,
+            usage=usage,
+            ended=time.perf_counter(),
+            **fields,
+        )
 
     return make

@@ -16,7 +16,7 @@ from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.keys import KeyStore
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.tables import Entry
-from tests.gateway.store.conftest import SECRET, MakeCall
+from tests.gateway.store.conftest import SECRET, MakeExchange
 from tests.running import ROOT
 from tests.services import Postgres
 from tests.tools import needed
@@ -28,13 +28,13 @@ _ROWS_FIRST = 2000  # so many that a backup takes longer than a commit
 class Load:
     """Rows written one by one until it is told to stop; `committed` are those whose commit has returned."""
 
-    def __init__(self, ledger: Ledger, make_call: MakeCall) -> None:
+    def __init__(self, ledger: Ledger, make_exchange: MakeExchange) -> None:
         self.committed: list[str] = []
-        self._ledger, self._make_call = ledger, make_call
+        self._ledger, self._make_exchange = ledger, make_exchange
         self._over = threading.Event()
 
     def write(self, name: str) -> None:
-        self._ledger.add(self._make_call(name))
+        self._ledger.add(self._make_exchange(name))
         assert self._ledger.flush()
         self.committed.append(name)
 
@@ -79,21 +79,21 @@ def rows(engine: Engine) -> set[str]:
         return set(session.scalars(select(Entry.id)))
 
 
-def filled(engine: Engine, make_call: MakeCall) -> Ledger:
+def filled(engine: Engine, make_exchange: MakeExchange) -> Ledger:
     ledger = Ledger(engine)
     for number in range(_ROWS_FIRST):
-        ledger.add(make_call(f"before-{number:06}"))
+        ledger.add(make_exchange(f"before-{number:06}"))
     assert ledger.flush()
     return ledger
 
 
-def test_sqlite_loses_nothing_that_was_committed_before(tmp_path: Path, make_call: MakeCall) -> None:
+def test_sqlite_loses_nothing_that_was_committed_before(tmp_path: Path, make_exchange: MakeExchange) -> None:
     needed("sqlite3", "sqlite3")
     path = tmp_path / "synthia.db"
     engine = open_database(f"sqlite:///{path}")
     key = KeyStore(engine, SECRET).create("alice")[1]
-    ledger = filled(engine, make_call)
-    load = Load(ledger, make_call)
+    ledger = filled(engine, make_exchange)
+    load = Load(ledger, make_exchange)
     values = {"synthia.db": str(path), "backup.db": str(tmp_path / "backup.db")}
     with load.running():
         before = set(load.committed)
@@ -115,13 +115,13 @@ def test_sqlite_loses_nothing_that_was_committed_before(tmp_path: Path, make_cal
 
 
 def test_postgresql_loses_nothing_that_was_committed_before(
-    postgres: Postgres, tmp_path: Path, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+    postgres: Postgres, tmp_path: Path, make_exchange: MakeExchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(postgres.binaries), prepend=":")
     url, restored = postgres.new_database(), postgres.new_database()
     engine = open_database(url)
-    ledger = filled(engine, make_call)
-    load = Load(ledger, make_call)
+    ledger = filled(engine, make_exchange)
+    load = Load(ledger, make_exchange)
     dump = str(tmp_path / "backup.dump")
     with load.running():
         before = set(load.committed)

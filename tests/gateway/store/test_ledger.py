@@ -15,7 +15,7 @@ from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.ledger import INTERVAL_S, Ledger
 from synthia_vllm.gateway.store.tables import Entry, Writer
 from synthia_vllm.gateway.store.usage import gaps, spent_tokens
-from tests.gateway.store.conftest import MakeCall
+from tests.gateway.store.conftest import MakeExchange
 from tests.services import Postgres
 
 LOST_AT_MOST_S = 1.0  # the issue's bound: rows of the last second
@@ -41,11 +41,11 @@ def slow_inserts(engine: Engine, seconds: float) -> Iterator[threading.Event]:
     event.remove(engine, "before_cursor_execute", wait)
 
 
-def test_a_call_becomes_a_row(engine: Engine, make_call: MakeCall) -> None:
+def test_an_exchange_becomes_a_row(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine)
-    call = make_call("a", prompt=100, generated=23, arrived_at=1_800_000_000.25)
-    call.first_token = call.arrived + 0.5
-    ledger.add(call)
+    exchange = make_exchange("a", prompt=100, generated=23, arrived_at=1_800_000_000.25)
+    exchange.usage.first_token = exchange.arrived + 0.5
+    ledger.add(exchange)
     assert ledger.flush()
     with Session(engine) as session:
         row = session.scalars(select(Entry)).one()
@@ -56,22 +56,22 @@ def test_a_call_becomes_a_row(engine: Engine, make_call: MakeCall) -> None:
     ledger.close()
 
 
-def test_a_row_written_twice_is_there_once_and_unchanged(engine: Engine, make_call: MakeCall) -> None:
+def test_a_row_written_twice_is_there_once_and_unchanged(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine)
-    ledger.add(make_call("a", generated=5))
+    ledger.add(make_exchange("a", generated=5))
     assert ledger.flush()
     for _ in range(2):
-        ledger.add(make_call("a", generated=99))  # the second within one batch
-    ledger.add(make_call("b", generated=1))
+        ledger.add(make_exchange("a", generated=99))  # the second within one batch
+    ledger.add(make_exchange("b", generated=1))
     assert ledger.flush()
     assert ids(engine) == ["a", "b"]
     assert spent_tokens(engine, "alice", 0) == (10 + 5) + (10 + 1)
     ledger.close()
 
 
-def test_a_rejected_request_is_recorded_and_costs_nothing(engine: Engine, make_call: MakeCall) -> None:
+def test_a_rejected_request_is_recorded_and_costs_nothing(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine)
-    ledger.add(make_call("a", prompt=900, outcome="rejected", status=429, reason="tokens_per_minute"))
+    ledger.add(make_exchange("a", prompt=900, outcome="rejected", status=429, reason="tokens_per_minute"))
     ledger.close()
     with Session(engine) as session:
         row = session.scalars(select(Entry)).one()
@@ -79,10 +79,20 @@ def test_a_rejected_request_is_recorded_and_costs_nothing(engine: Engine, make_c
         assert (row.prompt_tokens, row.generated_tokens) == (0, 0)
 
 
-def test_many_rows_go_in_a_few_statements(engine: Engine, make_call: MakeCall) -> None:
+def test_what_generates_nothing_is_no_row(engine: Engine, make_exchange: MakeExchange) -> None:
+    ledger = Ledger(engine)
+    exchange = make_exchange("a")
+    exchange.request = None
+    ledger.ended(exchange)
+    ledger.ended(make_exchange("b"))
+    ledger.close()
+    assert ids(engine) == ["b"]
+
+
+def test_many_rows_go_in_a_few_statements(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine)
     for number in range(2500):
-        ledger.add(make_call(f"{number:05d}"))
+        ledger.add(make_exchange(f"{number:05d}"))
     statements: list[str] = []
 
     def note(conn: object, cursor: object, statement: str, parameters: object, context: object, many: bool) -> None:
@@ -97,10 +107,10 @@ def test_many_rows_go_in_a_few_statements(engine: Engine, make_call: MakeCall) -
     ledger.close()
 
 
-async def test_the_task_writes_beside_the_requests(engine: Engine, make_call: MakeCall) -> None:
+async def test_the_task_writes_beside_the_requests(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine, interval=0.05)
     task = asyncio.create_task(ledger.run())
-    ledger.add(make_call("a"))
+    ledger.add(make_exchange("a"))
     deadline = time.monotonic() + 5
     while not ids(engine) and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
@@ -110,9 +120,9 @@ async def test_the_task_writes_beside_the_requests(engine: Engine, make_call: Ma
     ledger.close()
 
 
-def test_closing_writes_the_rest_and_leaves_no_gap(engine: Engine, make_call: MakeCall) -> None:
+def test_closing_writes_the_rest_and_leaves_no_gap(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine)
-    ledger.add(make_call("a"))
+    ledger.add(make_exchange("a"))
     ledger.close()
     assert ids(engine) == ["a"]
     with capture_logs() as logs:
@@ -121,14 +131,14 @@ def test_closing_writes_the_rest_and_leaves_no_gap(engine: Engine, make_call: Ma
     assert gaps(engine) == []
 
 
-def test_rows_are_kept_while_the_database_is_gone(postgres: Postgres, make_call: MakeCall) -> None:
+def test_rows_are_kept_while_the_database_is_gone(postgres: Postgres, make_exchange: MakeExchange) -> None:
     engine = open_database(postgres.new_database())
     ledger = Ledger(engine)
     with capture_logs() as logs:
         postgres.stop()
         try:
             for number in range(3):
-                ledger.add(make_call(f"{number}"))
+                ledger.add(make_exchange(f"{number}"))
                 assert not ledger.flush()
         finally:
             postgres.start()
@@ -141,12 +151,12 @@ def test_rows_are_kept_while_the_database_is_gone(postgres: Postgres, make_call:
 
 
 def test_the_oldest_rows_go_where_too_many_wait(
-    engine: Engine, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, make_exchange: MakeExchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("synthia_vllm.gateway.store.ledger._MOST_WAITING", 3)
     ledger = Ledger(engine)
     for name in "abcde":
-        ledger.add(make_call(name))
+        ledger.add(make_exchange(name))
     assert ledger.lost == 2
     ledger.close()
     assert ids(engine) == ["c", "d", "e"]
@@ -155,7 +165,7 @@ def test_the_oldest_rows_go_where_too_many_wait(
 _WRITER = """
 import asyncio, sys, time
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.call import Call
+from synthia_vllm.gateway.request import Exchange
 from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.ledger import Ledger
 
@@ -164,11 +174,10 @@ async def main():
     task = asyncio.create_task(ledger.run())
     number = 0
     while True:
-        call = Call(id=f"{number:06d}", request_id="r", route="/v1/chat/completions", account=Account("alice"))
-        call.status, call.outcome = 200, "finished"
-        call.dispatch()
-        ledger.add(call)
-        print(call.id, call.arrived_at, flush=True)
+        one = Exchange(id=f"{number:06d}", request_id="r", route="/v1/chat/completions", account=Account("alice"))
+        one.status, one.outcome = 200, "finished"
+        ledger.add(one)
+        print(one.id, one.arrived_at, flush=True)
         number += 1
         await asyncio.sleep(0.01)
 
@@ -235,18 +244,20 @@ def test_a_writer_that_nobody_reaped_is_a_gap(url: str, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("late", [0, 3])
-async def test_closing_while_a_batch_is_written_ends_well(engine: Engine, make_call: MakeCall, late: int) -> None:
+async def test_closing_while_a_batch_is_written_ends_well(
+    engine: Engine, make_exchange: MakeExchange, late: int
+) -> None:
     """What the gateway does at its end: cancel `run`, then close."""
     ledger = Ledger(engine, interval=0.01)
     for number in range(10):
-        ledger.add(make_call(f"early-{number}"))
+        ledger.add(make_exchange(f"early-{number}"))
     with slow_inserts(engine, 0.4) as begun:
         task = asyncio.create_task(ledger.run())
         assert await asyncio.to_thread(begun.wait, 5)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         for number in range(late):
-            ledger.add(make_call(f"late-{number}"))
+            ledger.add(make_exchange(f"late-{number}"))
         await asyncio.to_thread(ledger.close)
     assert len(ids(engine)) == 10 + late
     with Session(engine) as session:
@@ -254,27 +265,29 @@ async def test_closing_while_a_batch_is_written_ends_well(engine: Engine, make_c
 
 
 def test_rows_that_come_while_a_full_queue_is_written_are_kept(
-    engine: Engine, make_call: MakeCall, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, make_exchange: MakeExchange, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("synthia_vllm.gateway.store.ledger._MOST_WAITING", 5)
     ledger = Ledger(engine)
     for number in range(5):
-        ledger.add(make_call(f"early-{number}"))
+        ledger.add(make_exchange(f"early-{number}"))
     with slow_inserts(engine, 0.4) as begun:
         writing = threading.Thread(target=ledger.flush)
         writing.start()
         assert begun.wait(5)
         for number in range(3):
-            ledger.add(make_call(f"late-{number}"))
+            ledger.add(make_exchange(f"late-{number}"))
         writing.join()
     ledger.close()
     assert {"late-0", "late-1", "late-2"} <= set(ids(engine))
 
 
-def test_one_row_that_the_database_refuses_does_not_hold_up_the_others(engine: Engine, make_call: MakeCall) -> None:
+def test_one_row_that_the_database_refuses_does_not_hold_up_the_others(
+    engine: Engine, make_exchange: MakeExchange
+) -> None:
     """`{"model": "a\\u0000"}` is JSON that any client can send, and no text for PostgreSQL."""
     ledger = Ledger(engine)
-    ledger.add(make_call("bad", model="a\0"))
-    ledger.add(make_call("good"))
+    ledger.add(make_exchange("bad", model="a\0"))
+    ledger.add(make_exchange("good"))
     ledger.flush()
     assert "good" in ids(engine)

@@ -5,19 +5,19 @@ from sqlalchemy import Engine
 
 from synthia_vllm.gateway.store.ledger import Ledger
 from synthia_vllm.gateway.store.usage import UsageRow, spent_tokens, usage
-from tests.gateway.store.conftest import MakeCall
+from tests.gateway.store.conftest import MakeExchange
 
 MIDNIGHT = datetime(2027, 1, 31, tzinfo=UTC).timestamp()
 
 
 @pytest.fixture(autouse=True)
-def rows(engine: Engine, make_call: MakeCall) -> None:
+def rows(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine)
-    ledger.add(make_call("a", "alice", prompt=10, generated=1, arrived_at=MIDNIGHT - 0.001))
-    ledger.add(make_call("b", "alice", prompt=20, generated=2, arrived_at=MIDNIGHT, model="synthia-tot"))
-    ledger.add(make_call("c", "bob", prompt=40, generated=4, arrived_at=MIDNIGHT + 86_399.999))
-    ledger.add(make_call("d", "bob", arrived_at=MIDNIGHT + 1, outcome="rejected", status=429, reason="tokens"))
-    ledger.add(make_call("e", "bob", prompt=80, generated=8, arrived_at=MIDNIGHT + 86_400, outcome="cancelled"))
+    ledger.add(make_exchange("a", "alice", prompt=10, generated=1, arrived_at=MIDNIGHT - 0.001))
+    ledger.add(make_exchange("b", "alice", prompt=20, generated=2, arrived_at=MIDNIGHT, model="synthia-tot"))
+    ledger.add(make_exchange("c", "bob", prompt=40, generated=4, arrived_at=MIDNIGHT + 86_399.999))
+    ledger.add(make_exchange("d", "bob", arrived_at=MIDNIGHT + 1, outcome="rejected", status=429, reason="tokens"))
+    ledger.add(make_exchange("e", "bob", prompt=80, generated=8, arrived_at=MIDNIGHT + 86_400, outcome="cancelled"))
     ledger.close()
 
 

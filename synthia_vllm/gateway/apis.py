@@ -1,0 +1,186 @@
+"""The API routes of a gateway: what generates, what it answers itself, and which models there are."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from starlette.types import Receive, Send
+
+from synthia_vllm.api.base import AnsweringApi, Asker, GeneratingApi, Model, Prepared
+from synthia_vllm.api.chat import ChatCompletions
+from synthia_vllm.api.completions import Completions
+from synthia_vllm.api.messages import CountTokens, Messages
+from synthia_vllm.api.responses import Responses
+from synthia_vllm.api.tokens import Detokenize, Tokenize
+from synthia_vllm.engine.port import Engine
+from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError
+from synthia_vllm.gateway.delivery import Delivery
+from synthia_vllm.gateway.edge.replies import send_json
+from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
+from synthia_vllm.prompt import MODEL_ALIASES
+from synthia_vllm.settings import PromptSettings
+
+GENERATING: tuple[GeneratingApi, ...] = (ChatCompletions(), Completions(), Responses(), Messages())
+ANSWERING: tuple[AnsweringApi, ...] = (CountTokens(), Tokenize(), Detokenize())
+MODELS = "/v1/models"
+# Bodies from this size on are read, rendered and tokenized in a thread: the event loop is everybody's.
+_LONG_BODY = 16 * 1024
+
+# Told of each time that an engine is asked: the replica, and for which of the sequences. Gives the trace headers.
+T = TypeVar("T")
+Attempt = Callable[[Exchange, str, int], Mapping[str, str]]
+
+
+class Apis:
+    """Answers the API routes for a user who is known. Raises RequestError."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        layer: Layer,
+        prompt: PromptSettings,
+        *,
+        observers: Sequence[Observer] = (),
+        on_attempt: Attempt = lambda exchange, replica, sequence: exchange.trace,
+    ) -> None:
+        self.engine = engine
+        self.layer = layer
+        self._prompt = prompt
+        self._observers = observers
+        self._on_attempt = on_attempt
+        self._generating = {api.path: api for api in GENERATING}
+        self._answering = {api.path: api for api in ANSWERING}
+        self._model: Model | None = None
+        self._started = int(time.time())
+
+    async def answer(self, exchange: Exchange, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> bool:
+        """True where the whole reply went out; False where it broke off in a stream."""
+        route = exchange.route
+        if exchange.method != "POST":
+            await self._tell_models(exchange, send)
+            return True
+        assert exchange.body is not None
+        if (api := self._answering.get(route)) is not None:
+            body = await self._answer(api, exchange)
+            await send_json(200, body, send)
+            return True
+        return await self._generate(self._generating[route], exchange, headers, receive, send)
+
+    async def _answer(self, api: AnsweringApi, exchange: Exchange) -> bytes:
+        model = await self._known_model()
+
+        def work() -> bytes:
+            request = api.decode(exchange.body or b"")
+            self._check_model(exchange, api.model_of(request), model)
+            return api.answer(request, model)
+
+        return await _run(work, exchange.body or b"")
+
+    async def _generate(
+        self, api: GeneratingApi, exchange: Exchange, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+    ) -> bool:
+        queue_timeout = _seconds(headers.get(b"x-queue-timeout-s"))
+        model = await self._known_model()
+
+        def attempt(replica: str, sequence: int = 0) -> Mapping[str, str]:
+            exchange.usage.replica = replica
+            return self._on_attempt(exchange, replica, sequence)
+
+        asker = Asker(
+            id=exchange.id,
+            user=exchange.account.user,
+            session=headers.get(b"x-session-id", b"").decode("latin-1"),
+            created=int(exchange.arrived_at),
+            on_attempt=attempt,
+        )
+
+        def work() -> Prepared:
+            request = api.decode(exchange.body or b"")
+            self._check_model(exchange, api.model_of(request), model)
+            prepared = api.prepare(request, model, asker)
+            if len(prepared.sequences) > 1:
+                prepared.sequences = [
+                    replace(one, on_attempt=partial(attempt, sequence=number))
+                    for number, one in enumerate(prepared.sequences)
+                ]
+            return prepared
+
+        prepared = await _run(work, exchange.body or b"")
+        exchange.usage.prompt = prepared.prompt_tokens
+        request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout)
+        exchange.request = request
+        delivery = Delivery(exchange, request, self.layer, self._observers)
+        await delivery.run(receive, send)
+        return not delivery.failed
+
+    async def _tell_models(self, exchange: Exchange, send: Send) -> None:
+        """`GET /v1/models` and `/v1/models/{id}`: those that the key is for."""
+        model = await self._known_model()
+        allowed = exchange.account.models
+        found = [self._describe(name, model) for name in model.names if allowed is None or name in allowed]
+        if exchange.route == MODELS:
+            return await send_json(200, {"object": "list", "data": found}, send)
+        wanted = unquote(exchange.route.removeprefix(f"{MODELS}/"))
+        for one in found:
+            if one["id"] == wanted:
+                return await send_json(200, one, send)
+        raise NotFound(exchange.route) if not wanted else ModelNotFound(wanted, [one["id"] for one in found])
+
+    async def _known_model(self) -> Model:
+        engine, known = self.engine, self._model
+        own = await engine.models()
+        names = (*own, *(alias for alias in MODEL_ALIASES if alias not in own))
+        if (
+            known is None
+            or known.names != names
+            or known.tokenizer is not engine.tokenizer
+            or known.context != engine.context
+        ):
+            known = self._model = Model(
+                names=names,
+                tokenizer=engine.tokenizer,
+                context=engine.context,
+                style=self._prompt.style,
+                turn_end=self._prompt.turn_end,
+                role_markers=self._prompt.role_markers,
+            )
+        return known
+
+    def _check_model(self, exchange: Exchange, asked: str, model: Model) -> None:
+        exchange.model = asked or model.names[0]
+        allowed = exchange.account.models
+        if allowed is not None and exchange.model not in allowed:
+            raise Forbidden(f"your key is for {', '.join(sorted(allowed))}, not for {exchange.model!r}", param="model")
+        if exchange.model not in model.names:
+            raise ModelNotFound(exchange.model, model.names)
+
+    def _describe(self, name: str, model: Model) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "synthia-vllm",
+            "root": self.engine.root or model.names[0],
+            "parent": None,
+            "max_model_len": model.context,
+        }
+
+
+async def _run(work: Callable[[], T], body: bytes) -> T:
+    return await asyncio.to_thread(work) if len(body) > _LONG_BODY else work()
+
+
+def _seconds(value: bytes | None) -> float | None:
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < float("inf"):
+        raise RequestError("X-Queue-Timeout-S is a number of seconds over 0", param="X-Queue-Timeout-S")
+    return seconds

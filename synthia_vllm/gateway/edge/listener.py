@@ -1,0 +1,92 @@
+"""uvicorn around a gateway: the socket, the limits of the network's edge, the signals and the drain."""
+
+import asyncio
+import contextlib
+import math
+import signal
+import socket
+from collections.abc import Callable, Generator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.edge.protocol import http_protocol
+from synthia_vllm.gateway.edge.service_manager import ServiceManager
+from synthia_vllm.settings import LOOPBACK, Settings
+
+
+def check_exposure(settings: Settings) -> None:
+    """Raises SetupError for an address that others can reach without keys, unless that is asked for."""
+    if settings.host not in LOOPBACK and settings.access.mode == "open" and not settings.insecure:
+        raise SetupError(
+            f"--host {settings.host} with --access.mode open: others could use this server without a key; "
+            "leave the mode at auto and make keys with `synthia-vllm keys create`, or add "
+            "--insecure if the network is yours alone"
+        )
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket, taken before the model loads so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((settings.host, settings.port))
+    except OSError as error:
+        sock.close()
+        raise SetupError(f"--host {settings.host} --port {settings.port}: {error.strerror}; choose another") from None
+    return sock
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that leaves the signals to us, tells when it listens, and drains before it ends."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, on_ready: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            http=http_protocol(settings.timeouts.headers),
+            ws="none",
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            proxy_headers=False,
+            timeout_keep_alive=math.ceil(settings.timeouts.idle),
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout),
+        )
+        super().__init__(config)
+        self._on_ready = on_ready
+        self._manager = ServiceManager()
+
+    async def run_until_stopped(self, sock: socket.socket) -> bool:
+        """Serves until SIGTERM or SIGINT; True after a drain, False if it was cut."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            await self.serve(sockets=[sock])
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+        return not self.force_exit
+
+    def stop(self) -> None:
+        """First call: accept nothing new, let running requests finish. Second: end now."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        self._manager.stopping()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+            self._manager.ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._manager.alive()
+        return await super().on_tick(counter)

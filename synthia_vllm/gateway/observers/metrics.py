@@ -1,0 +1,212 @@
+"""What a client gets, and when: measured on the last step before the socket, for the exporter.
+
+A chunk's gap is counted as `vllm bench serve` (0.29) counts it: from the chunk before, one observation a chunk however
+many tokens it brings; chunks that go out together have a gap and zeros. Unlike there, a chunk without tokens (the role
+at a chat's start, the usage at its end) is none. All of it costs well under 3 µs a chunk (benchmarks/exporter.py).
+"""
+
+from bisect import bisect_left
+
+from synthia_vllm.gateway.request import Exchange, Observer
+from synthia_vllm.metrics.cells import Count, Histogram
+from synthia_vllm.metrics.rates import Tokens
+from synthia_vllm.metrics.recorder import Recorder
+from synthia_vllm.metrics.series import LOCAL
+from synthia_vllm.metrics.slo import meets
+
+_UNCOUNTED = ("/health", "/ready", "/metrics", "/sd")  # asked by machines, all the time
+
+
+class Metrics(Observer):
+    """An observer that counts into a recorder. Prices and targets hold for all exchanges."""
+
+    def __init__(self, recorder: Recorder, *, prompt_cost: float = 1.0, generated_cost: float = 2.0) -> None:
+        self.recorder = recorder
+        self.prompt_cost = prompt_cost
+        self.generated_cost = generated_cost
+        self._open: dict[str, Delivery] = {}
+
+    def opened(self, exchange: Exchange) -> None:
+        self._open[exchange.id] = Delivery(self, exchange)
+
+    def sent(self, exchange: Exchange, chunks: int, tokens: int) -> None:
+        self._open[exchange.id].sent(chunks, tokens)
+
+    def ended(self, exchange: Exchange) -> None:
+        delivery = self._open.pop(exchange.id)
+        if exchange.route not in _UNCOUNTED:
+            delivery.end()
+
+
+class Delivery:
+    """One reply on its way out."""
+
+    __slots__ = (
+        "_bound",
+        "_clock",
+        "_cost",
+        "_exchange",
+        "_first",
+        "_gap_bounds",
+        "_gap_counts",
+        "_gaps",
+        "_generated",
+        "_generation",
+        "_last",
+        "_longest",
+        "_metrics",
+        "_model",
+        "_prompt",
+        "_replica",
+        "_service",
+        "_tokens",
+        "_user",
+        "_waited",
+    )
+
+    _gaps: Histogram
+    _gap_counts: list[int]
+    _gap_bounds: tuple[float, ...]
+    _generation: Count
+    _service: Count
+    _tokens: Tokens
+
+    def __init__(self, metrics: Metrics, exchange: Exchange) -> None:
+        self._metrics = metrics
+        self._exchange = exchange
+        self._clock = metrics.recorder.clock
+        self._user = ""  # label; empty until it is known
+        self._model = ""
+        self._replica = ""
+        self._cost = 0.0  # of a generated token, over the user's weight
+        self._generated = 0  # tokens counted
+        self._prompt = 0
+        self._first = 0.0
+        self._last = 0.0
+        self._longest = 0.0
+        self._waited = False
+        self._bound = False
+
+    def sent(self, chunks: int, tokens: int) -> None:
+        """So many chunks went out together. Nothing in here may wait or be slow."""
+        now = self._clock()
+        if self._first:
+            gap = now - self._last
+            self._gap_counts[bisect_left(self._gap_bounds, gap)] += 1
+            self._gaps.sum += gap
+            if gap > self._longest:  # noqa: PLR1730  (max() takes three times as long)
+                self._longest = gap
+        else:
+            self._begin(now)
+        self._last = now
+        if chunks > 1:
+            self._gap_counts[0] += chunks - 1
+        self._add_generated(tokens)
+
+    def end(self) -> None:
+        exchange, recorder = self._exchange, self._metrics.recorder
+        usage = exchange.usage
+        self._name()
+        if usage.accepted:
+            self._bind()
+            self._add_prompt(usage.billed_prompt - self._prompt)
+            if usage.billed_generated > self._generated:
+                self._add_generated(usage.billed_generated - self._generated)
+        recorder.requests.cell(self._user, self._model, exchange.route_name, exchange.outcome).value += 1
+        if exchange.outcome == "rejected":
+            recorder.rejections.cell(self._user, exchange.reason or "engine").value += 1
+        if exchange.request is None:
+            return
+        if usage.dispatched is not None and exchange.status < 400:
+            self._observe_wait()
+            if exchange.outcome == "finished":
+                duration = recorder.duration.cell(self._model, self._user)
+                duration.observe((exchange.ended or self._clock()) - exchange.arrived, exchange.request_id)
+        if self._longest:
+            self._gaps.exemplify(self._longest, exchange.request_id)
+        met = self._met()
+        if met is not None:
+            recorder.judge(self._user, met)
+
+    def _begin(self, now: float) -> None:
+        """The first token is out."""
+        exchange = self._exchange
+        self._name()
+        self._bind()
+        self._first = now
+        recorder = self._metrics.recorder
+        recorder.first_token.cell(self._model, self._user).observe(now - exchange.arrived, exchange.request_id)
+        recorder.engine_first_token.observe(now - (exchange.usage.dispatched or exchange.arrived))
+        self._gaps = recorder.gaps.cell(self._model, self._user)
+        self._gap_counts, self._gap_bounds = self._gaps.counts, self._gaps.bounds
+        self._observe_wait()
+        if exchange.request is not None and exchange.request.prepared.exact:
+            self._add_prompt(exchange.usage.prompt)
+
+    def _name(self) -> None:
+        """The labels, when it is known who asked what and whether the engine knew it."""
+        if not self._user:
+            exchange, recorder = self._exchange, self._metrics.recorder
+            self._user = recorder.user(exchange.account.user)
+            self._model = recorder.model(exchange.model, answered=exchange.usage.accepted)
+
+    def _bind(self) -> None:
+        if self._bound:
+            return
+        self._bound = True
+        exchange, metrics = self._exchange, self._metrics
+        recorder = metrics.recorder
+        self._cost = metrics.generated_cost / exchange.account.weight
+        self._generation = recorder.generation_tokens.cell(self._user, self._model)
+        self._service = recorder.service.cell(self._user)
+        self._tokens = recorder.rates.tokens(self._model, exchange.usage.replica or LOCAL)
+        self._replica = exchange.usage.replica
+
+    def _add_generated(self, tokens: int) -> None:
+        replica = self._exchange.usage.replica
+        if replica is not self._replica:  # it went on elsewhere
+            self._replica = replica
+            self._tokens = self._metrics.recorder.rates.tokens(self._model, replica or LOCAL)
+        self._generated += tokens
+        self._generation.value += tokens
+        self._service.value += tokens * self._cost
+        self._tokens.generation += tokens
+
+    def _add_prompt(self, tokens: int) -> None:
+        if tokens <= 0:
+            return
+        metrics = self._metrics
+        self._prompt += tokens
+        metrics.recorder.prompt_tokens.cell(self._user, self._model).value += tokens
+        self._service.value += tokens * metrics.prompt_cost / self._exchange.account.weight
+        self._tokens.prompt += tokens
+
+    def _observe_wait(self) -> None:
+        exchange = self._exchange
+        if not self._waited:
+            self._waited = True
+            cell = self._metrics.recorder.queue_wait.cell(self._model, self._user)
+            cell.observe(exchange.queue_wait, exchange.request_id)
+
+    def _met(self) -> bool | None:
+        """Whether its targets were met; None where that is not the service's doing.
+
+        Missed: what broke, what we refused for want of room (503), and what was late when its client left. Not judged:
+        a client's own mistakes and limits, and one that left while all was well.
+        """
+        exchange = self._exchange
+        if exchange.outcome in ("failed", "stopped") or exchange.status >= 500:
+            return False
+        if exchange.status >= 400:
+            return None
+        slo = self._metrics.recorder.slo
+        targets = slo.batch if exchange.account.priority == "batch" else slo.interactive
+        now = exchange.ended or self._clock()
+        more = self._generated - 1
+        itl = (self._last - self._first) / more if self._first and more > 0 else None
+        ttft = self._first - exchange.arrived if self._first else None
+        if exchange.outcome == "finished":
+            return meets(targets, ttft, itl, now - exchange.arrived)
+        if ttft is None and exchange.request is not None and exchange.request.prepared.streamed:
+            ttft = now - exchange.arrived
+        return None if meets(targets, ttft, itl, now - exchange.arrived) else False
