@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from benchmarks.null_tokens import expected
+from benchmarks.null_tokens import difference, ids_of, seed_of, token_text
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _EXCERPT = 400  # bytes of what was wrong
@@ -58,16 +58,18 @@ class Wanted:
     text: str | None = None
     key: str | None = None
     session: str | None = None  # X-Session-Id
+    seed: int | None = None  # of the reply, where it is a null engine's
 
 
 def numbered(path: str, prompt: str, tokens: int, **options: Any) -> Wanted:
     """A request to null engines, whose reply is known (`null_tokens`)."""
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if path == CHAT else {"prompt": prompt}
-    text = "".join(expected(asked, tokens))
+    seed = seed_of(ids_of(asked))
+    text = "".join(token_text(seed, position) for position in range(tokens))
     key = options.pop("key", None)
     body = {"model": "null", **asked, "max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
     # The prompt's contract strips the replies of chats.
-    return Wanted(path, body | options, tokens, text.strip() if path == CHAT else text, key)
+    return Wanted(path, body | options, tokens, text.strip() if path == CHAT else text, key, seed=seed)
 
 
 class CheckedStream(asyncio.Protocol):
@@ -194,11 +196,18 @@ class CheckedStream(asyncio.Protocol):
             elif whole.startswith(text, self._at):
                 self._at += len(text)
             else:
-                raise _Wrong(f"{whole[self._at : self._at + len(text)]!r} belongs here")
+                raise _Wrong(self._difference(whole, text))
         if choice.finish_reason is not None:
             if self._finish:
                 raise _Wrong("a second finish_reason")
             self._finish = choice.finish_reason
+
+    def _difference(self, whole: str, text: str) -> str:
+        told = f"{whole[self._at : self._at + len(text)]!r} belongs here"
+        if self.wanted.seed is None:
+            return told
+        stripped = whole[:1] != " "  # as the prompt's contract does with the replies of chats
+        return f"{told}: {difference(self.wanted.seed, self._at + stripped, text)}"
 
     def _judge(self) -> None:
         wanted = self.wanted

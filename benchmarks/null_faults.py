@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
-from benchmarks.null_tokens import POISON
+from benchmarks.null_tokens import text_of
 
 # What vLLM 0.29 says when its EngineCore has died: in the stream of a running request, and as a 500 to new ones.
 ENGINE_DEAD = (
@@ -14,6 +15,8 @@ ENGINE_DEAD = (
 )
 ENGINE_DEAD_EVENT = b"data: " + ENGINE_DEAD + b"\n\ndata: [DONE]\n\n"
 _LOOK_S = 0.02
+
+SseForm = Literal["crlf", "ids", "split", "html", "null_choices"]
 
 
 @dataclass
@@ -30,6 +33,9 @@ class Faults:
     poison_at     not at once, but in place of this token of its reply, wherever the reply began
     usage_lie     so many tokens more are told than were generated
     refuse_s      connections are refused for so long, once
+    sse           how else streams of `/v1/completions` are written: crlf (as line ends), ids (with `id:` and
+                  `event:` lines and comments), split (each JSON in several `data:` lines), html (a page of a proxy,
+                  status 200), null_choices (`choices: null` in one chunk)
     """
 
     break_after: int | None = None
@@ -42,6 +48,7 @@ class Faults:
     poison_at: int = 0
     usage_lie: int = 0
     refuse_s: float | None = None
+    sse: SseForm | None = None
 
     def __post_init__(self) -> None:
         self._note()
@@ -51,6 +58,8 @@ class Faults:
         unknown = set(wanted) - {field.name for field in fields(self)}
         if unknown:
             raise ValueError(f"no such fault: {', '.join(sorted(unknown))}")
+        if wanted.get("sse") is not None and wanted["sse"] not in get_args(SseForm):
+            raise ValueError(f"sse is none of {', '.join(get_args(SseForm))}")
         for name, value in wanted.items():
             setattr(self, name, value)
         self._note()
@@ -66,9 +75,9 @@ class Faults:
             raise ConnectionResetError("a fault, as ordered")
         return self.dead
 
-    def is_poison(self, text: str, ids: list[int] | None) -> bool:
-        """Whether a prompt has the poison in it, as text or as the ids that were made of it."""
-        return self.poison is not None and (self.poison in text if ids is None else POISON in ids)
+    def is_poison(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt has the poison in it."""
+        return self.poison is not None and self.poison in text_of(prompt)
 
     def die(self) -> None:
         """As a segmentation fault would: nothing is said, nothing is cleaned up."""

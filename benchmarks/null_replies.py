@@ -1,26 +1,78 @@
 """The bytes that the null engine answers with: chunks and whole replies with vLLM 0.29's fields in its order."""
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
 
 import msgspec
 
-from benchmarks.null_tokens import POISON, count_of, prompt_ids, split, text_of, token_id, token_text
+from benchmarks.null_endings import Ending, ending, may_stop, words
+from benchmarks.null_tokens import logprob_of, split, token_id, token_text
+from synthia_vllm.engine.port import Sampling
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an engine tells in its replies beside tokens."""
+
+    text: str = " word"  # of each token of a reply that is not numbered
+    max_model_len: int = 1 << 17
+    reply_tokens: int | None = None  # EOS comes after so many, unless `ignore_eos`
+    cached: int | None = None  # prompt tokens, as with `--enable-prompt-tokens-details`
+    lie: int = 0  # so many tokens more than were generated
+
+
+class AnyReply(Protocol):
+    """The bytes of one reply."""
+
+    tokens: int
+    choices: int
+    stream: bool
+    prompt: int  # tokens
+    begun: int  # tokens that another engine generated
+    deadly: int | None  # the token that the process dies of
+
+    def first(self) -> bytes: ...
+    def chunk(self, number: int, index: int) -> bytes: ...
+    def last(self) -> bytes: ...
+    def whole(self) -> bytes: ...
+
+
+def sampling_of(given: Mapping[str, Any], most: int) -> Sampling:
+    """What the null engine knows of a request's sampling. Raises ValueError, in vLLM's words where it has some."""
+    known = {name: given[name] for name in _SAMPLING if given.get(name) is not None}
+    if isinstance(known.get("stop"), str):
+        known["stop"] = [known["stop"]]
+    sampling = msgspec.convert({"max_tokens": most, **known}, Sampling, strict=False)
+    if sampling.max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {sampling.max_tokens}.")
+    return sampling
+
+
+_SAMPLING = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
 
 
 class Reply:
     """The bytes of one reply; what does not change from chunk to chunk is put together once."""
 
-    def __init__(self, request: dict[str, Any], chat: bool, number: int, text: str, lie: int = 0) -> None:
+    def __init__(
+        self, request: dict[str, Any], chat: bool, number: int, prompt: Sequence[int], told: Told | None = None
+    ) -> None:
+        told = told or Told()
         wanted = request.get("max_completion_tokens") or request.get("max_tokens")
-        self.tokens: int = wanted or (1024 if chat else 16)
+        self.sampling = sampling_of({**request, "max_tokens": wanted or (1024 if chat else 16)}, 1)
         self.stream = bool(request.get("stream"))
         self.choices: int = request.get("n") or 1
-        self.deadly: int | None = None  # the token that the process dies of
+        self.begun = 0
+        self.deadly: int | None = None
         self._chat = chat
-        self._text = text
-        self._lie = lie
-        given = given_ids(request)
-        self.prompt = len(given) if given is not None else count_of(text_of(request))
+        self._text = told.text
+        self._lie = told.lie
+        self.prompt = len(prompt)
+        self._prompt_ids = prompt
+        self._ending = self._end(told)
+        self.tokens = self._ending.count
         options = request.get("stream_options") or {}
         self._usage = bool(options.get("include_usage"))
         self._continuous = self._usage and bool(options.get("continuous_usage_stats"))
@@ -29,6 +81,7 @@ class Reply:
         self._head = {"id": f"{prefix}-{number:016x}", "object": kind, "created": 1_795_000_000, "model": model}
         self._events_head = {**self._head, "object": "chat.completion.chunk"} if chat else self._head
         self._details = b',"completion_tokens_details":null' if chat else b""
+        self._request_logprobs = request.get("logprobs")
         self._bodies: list[bytes] = []
         self._prepare()
 
@@ -42,7 +95,7 @@ class Reply:
 
     def chunk(self, number: int, index: int) -> bytes:
         if number == self.tokens:
-            choice = {**self._choice, "index": index, "finish_reason": "length", "stop_reason": None}
+            choice = {**self._choice, "index": index, "finish_reason": self._ending.finish, "stop_reason": None}
             return self._event({**self._events_head, "choices": [choice]}, number)
         if not self._continuous:
             return b"data: %b}\n\n" % self._bodies[index]
@@ -68,6 +121,10 @@ class Reply:
         usage = self._count(self.tokens * self.choices)
         return msgspec.json.encode({**self._head, "choices": choices, "usage": usage, **tail})
 
+    def _end(self, told: Told) -> Ending:
+        """Words that are not numbered are no stop strings, and EOS has their text too."""
+        return ending(partial(words, 0), self.sampling, self.sampling.max_tokens, told.reply_tokens, look=False)
+
     def _prepare(self) -> None:
         if self._chat:
             choice = {"index": 0, "delta": {"content": self._text}, "logprobs": None, "finish_reason": None}
@@ -80,13 +137,13 @@ class Reply:
             for index in range(self.choices)
         ]
 
-    def _told_prompt(self) -> list[int] | None:
+    def _told_prompt(self) -> Sequence[int] | None:
         return None
 
     def _whole_choice(self) -> dict[str, Any]:
         text = self._text * self.tokens
         message: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        return {"index": 0, "logprobs": None, "finish_reason": "length"} | message
+        return {"index": 0, "logprobs": None, "finish_reason": self._ending.finish} | message
 
     def _event(self, chunk: dict[str, Any], number: int, tail: dict[str, Any] | None = None) -> bytes:
         if self._continuous:
@@ -114,83 +171,76 @@ class NumberedReply(Reply):
     Raises WrongResume if the prompt ends with tokens of a reply in any but their right order.
     """
 
-    def __init__(
-        self, request: dict[str, Any], chat: bool, number: int, lie: int = 0, poison: str | None = None
-    ) -> None:
-        super().__init__(request, chat, number, "", lie)
-        given = given_ids(request)
-        if given is None:
-            text = text_of(request)
-            given = prompt_ids(text, self.prompt)
-            if poison is not None and poison in text:
-                given[0] = POISON
-        self.prompt_ids = given
-        self._seed, self.begun = split(given)
-        self._logprobs = request.get("logprobs") not in (None, False)
-        self._offset = 0
-
     def chunk(self, number: int, index: int) -> bytes:
         at = self.begun + number - 1
-        text = token_text(self._seed, at)
-        logprobs = msgspec.json.encode(self._logprobs_of([at], self._offset)) if self._logprobs else b"null"
+        token, text = self._token(number)
+        logprobs = (
+            msgspec.json.encode(self._logprobs_of([(token, text, at)], self._offset)) if self._logprobs else b"null"
+        )
         if index == self.choices - 1:
             self._offset += len(text)
-        finish = b'"length","stop_reason":null' if number == self.tokens else b"null"
+        last = number == self.tokens
+        finish = b'"%b"' % self._ending.finish.encode() if last else b"null"
+        reason = msgspec.json.encode(self._ending.stop_reason) if last else b"null"
         if not self._chat:
-            finish = b'"length"' if number == self.tokens else b"null"
-            prompt = msgspec.json.encode(self.prompt_ids) if number == 1 else b"null"
-            finish += b',"stop_reason":null,"prompt_token_ids":' + prompt
+            prompt = msgspec.json.encode(self._prompt_ids) if number == 1 else b"null"
+            finish += b',"stop_reason":%b,"prompt_token_ids":%b' % (reason, prompt)
+        elif last:
+            finish += b',"stop_reason":' + reason
         usage = self._usage_bytes(number) if self._continuous else b""
-        values = self._bodies[0], index, text.encode(), logprobs, finish, token_id(self._seed, at), usage
+        values = self._bodies[0], index, text.encode(), logprobs, finish, token, usage
         form = b'data: %b,"choices":[{"index":%d,"delta":{"content":"%b"},"logprobs":%b,"finish_reason":%b,'
         if not self._chat:
             form = b'data: %b,"choices":[{"index":%d,"text":"%b","logprobs":%b,"finish_reason":%b,'
         return (form + b'"token_ids":[%d]}]%b}\n\n') % values
 
+    def _end(self, told: Told) -> Ending:
+        self._offset = 0
+        self._seed, self.begun = split(self._prompt_ids)
+        pieces = partial(words, self._seed, self.begun)
+        ends_after = told.reply_tokens and max(0, told.reply_tokens - self.begun)
+        return ending(pieces, self.sampling, self.sampling.max_tokens, ends_after, may_stop(self.sampling))
+
+    def _token(self, number: int) -> tuple[int, str]:
+        if number == self.tokens and self._ending.last is not None:
+            (token,), text = self._ending.last
+            return token, text
+        at = self.begun + number - 1
+        return token_id(self._seed, at), token_text(self._seed, at)
+
     def _prepare(self) -> None:
+        self._logprobs = self._request_logprobs not in (None, False)
         self._bodies = [msgspec.json.encode(self._events_head)[:-1]]
 
-    def _told_prompt(self) -> list[int] | None:
-        return self.prompt_ids
+    def _told_prompt(self) -> Sequence[int] | None:
+        return self._prompt_ids
 
     def _whole_choice(self) -> dict[str, Any]:
-        positions = range(self.begun, self.begun + self.tokens)
-        text = "".join(token_text(self._seed, at) for at in positions)
+        tokens = [(*self._token(number), self.begun + number - 1) for number in range(1, self.tokens + 1)]
+        text = "".join(text for _, text, _ in tokens)
         choice: dict[str, Any] = {"index": 0}
         choice |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choice["logprobs"] = self._logprobs_of(list(positions), 0) if self._logprobs else None
-        choice |= {"finish_reason": "length", "stop_reason": None}
-        choice["token_ids"] = [token_id(self._seed, at) for at in positions]
-        return choice if self._chat else {**choice, "prompt_token_ids": self.prompt_ids}
+        choice["logprobs"] = self._logprobs_of(tokens, 0) if self._logprobs else None
+        choice |= {"finish_reason": self._ending.finish, "stop_reason": self._ending.stop_reason}
+        choice["token_ids"] = [token for token, _, _ in tokens]
+        return choice if self._chat else {**choice, "prompt_token_ids": self._prompt_ids}
 
-    def _logprobs_of(self, positions: list[int], offset: int) -> dict[str, Any]:
+    def _logprobs_of(self, tokens: Iterable[tuple[int, str, int]], offset: int) -> dict[str, Any]:
         """vLLM's shapes; the value tells the position. `text_offset` counts from where this request begins."""
-        tokens = [(token_text(self._seed, at), logprob_of(at)) for at in positions]
+        told = [(text, logprob_of(at)) for _, text, at in tokens]
         if self._chat:
             content = [
                 {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
-                for text, value in tokens
+                for text, value in told
             ]
             return {"content": content}
         offsets = []
-        for text, _ in tokens:
+        for text, _ in told:
             offsets.append(offset)
             offset += len(text)
         return {
             "text_offset": offsets,
-            "token_logprobs": [value for _, value in tokens],
-            "tokens": [text for text, _ in tokens],
-            "top_logprobs": [{text: value} for text, value in tokens],
+            "token_logprobs": [value for _, value in told],
+            "tokens": [text for text, _ in told],
+            "top_logprobs": [{text: value} for text, value in told],
         }
-
-
-def given_ids(request: dict[str, Any]) -> list[int] | None:
-    """The prompt, if it came as token ids."""
-    prompt = request.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], list):
-        prompt = prompt[0]
-    return prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], int) else None
-
-
-def logprob_of(position: int) -> float:
-    return -(1 + position % 64) / 64

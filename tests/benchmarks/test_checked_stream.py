@@ -9,7 +9,11 @@ from starlette.types import Receive, Scope, Send
 from benchmarks.checked_stream import CHAT, COMPLETIONS, CheckedStream, numbered, run_stream
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
+from benchmarks.null_tokens import expected
 from tests.gateway.live import serving
+
+# The third token of what is asked for, and of something else.
+OTHERS = [expected({"prompt": prompt}, 3)[2].encode() for prompt in ("What is an orca?", "What is an auk?")]
 
 
 class Tampered:
@@ -53,8 +57,10 @@ def test_a_chat_is_compared_without_outer_space() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda number, body: b"" if number == 3 else body, "belongs here"),
-        (lambda number, body: body * 2 if number == 3 else body, "belongs here"),
+        (lambda number, body: b"" if number == 3 else body, "belongs here: tokens 2 to 2 are missing"),
+        (lambda number, body: body * 2 if number == 3 else body, "belongs here: token 2 comes again"),
+        (lambda number, body: body.replace(OTHERS[0], OTHERS[1]), "belongs here: this is another stream's"),
+        (lambda number, body: body.replace(b'"text":" ', b'"text":" x'), "belongs here: this is no token"),
         (lambda number, body: b"" if number == 6 else body, "finish_reason missing"),
         (lambda number, body: body.replace(b'"id":"cmpl-', b'"id":"cmpl-1') if number == 4 else body, "another id"),
         (lambda number, body: body.replace(b"data: [DONE]\n\n", b""), "no [DONE]"),

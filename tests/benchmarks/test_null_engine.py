@@ -2,12 +2,18 @@
 
 import asyncio
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from benchmarks.null_engine import NullEngine
+from benchmarks.null_tokens import VOCABULARY, expected
+from synthia_vllm.engine.tokenizer import Tokenizer
+from tests.running import null_engine
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -77,3 +83,35 @@ async def test_the_real_engines_chunks_have_the_same_fields(server: Any, client:
         assert list(tokens[1][0]) == list(tokens[0][0])
         assert list(tokens[1][0]["usage"]) == list(tokens[0][0]["usage"])
         assert tokens[1][0]["choices"][0].keys() == tokens[0][0]["choices"][0].keys() - {"stop_reason"}
+
+
+def run(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.null_engine", *words], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_writes_the_tokenizer(tmp_path: Path) -> None:
+    done = run("--tokenizer-folder", str(tmp_path / "null"))
+    assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "null"))
+    assert Tokenizer.load(tmp_path / "null").size == VOCABULARY
+    assert run().returncode == 2
+
+
+def test_the_commands_options_reach_the_engine(tmp_path: Path) -> None:
+    options = ["--no-generate-route", "--numbered", "--reply-tokens", "2", "--sse", "crlf", "--max-num-seqs", "1"]
+    engine = null_engine(tmp_path / "log", *options).start()
+    try:
+        assert httpx.post(f"{engine.url}/inference/v1/generate", json={}).status_code == 404
+        body = {"prompt": "What is an orca?", "max_tokens": 9, "stream": True}
+        lines = httpx.post(f"{engine.url}/v1/completions", json=body).content.split(b"\r\n\r\n")
+        said = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith(b"data: {")]
+        assert [choice["text"] for choice in said] == [*expected(body, 2), ""]
+        assert [choice["finish_reason"] for choice in said] == [None, None, "stop"]
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("messages", [[{"role": "robot", "content": "x"}], "text", [1], None])
+async def test_messages_that_can_not_be_rendered_are_a_400(messages: Any) -> None:
+    assert (await ask("/v1/chat/completions", messages=messages)).status_code == 400

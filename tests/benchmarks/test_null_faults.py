@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.cost import free_port, wait_for
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
-from benchmarks.null_tokens import POISON
+from benchmarks.null_tokens import prompt_ids
+from benchmarks.streams import free_port, wait_for
 from tests.gateway.live import serving
 
 BODY: dict[str, Any] = {"model": "m", "prompt": "What is an orca?", "max_tokens": 5, "return_token_ids": True}
@@ -25,7 +25,7 @@ def test_a_stream_breaks_off_where_it_was_told_to() -> None:
         httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
         client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as reply,
     ):
-        got = []
+        got: list[str] = []
         with pytest.raises(httpx.RemoteProtocolError):
             got.extend(reply.iter_lines())
         assert sum(line.startswith("data: {") for line in got) <= 2
@@ -85,7 +85,7 @@ def process() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         running.wait()
 
 
-@pytest.mark.parametrize("prompt", ["a pinch of arsenic", [POISON, 5]])
+@pytest.mark.parametrize("prompt", ["a pinch of arsenic", prompt_ids("arsenic, a pinch")])
 def test_poison_kills_as_text_and_as_ids(process: tuple[subprocess.Popen[bytes], str], prompt: Any) -> None:
     running, url = process
     assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200

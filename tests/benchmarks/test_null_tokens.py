@@ -7,8 +7,7 @@ import httpx
 import pytest
 
 from benchmarks.null_engine import NullEngine
-from benchmarks.null_replies import logprob_of
-from benchmarks.null_tokens import expected, split, token_id
+from benchmarks.null_tokens import expected, logprob_of, split, token_id
 from tests.benchmarks.test_null_engine import MESSAGES, ask, events
 
 USAGE = {"include_usage": True, "continuous_usage_stats": True}
@@ -66,7 +65,7 @@ async def test_completion_chunks_with_ids_are_vllms() -> None:
 @pytest.mark.parametrize("cut", [1, 2, 4])
 @pytest.mark.parametrize("began_as", ["chat", "completion"])
 async def test_another_engine_goes_on_exactly(cut: int, began_as: str) -> None:
-    whole = {"prompt": "What is an orca?", "max_tokens": 5}
+    whole: dict[str, Any] = {"prompt": "What is an orca?", "max_tokens": 5}
     begun = await (chat(max_tokens=5) if began_as == "chat" else completion(**whole))
     prompt = begun[0].get("prompt_token_ids") or begun[0]["choices"][0]["prompt_token_ids"]
     tokens = [token for chunk in begun for token in chunk["choices"][0].get("token_ids") or ()]
@@ -83,7 +82,7 @@ async def test_a_wrong_seam_is_refused() -> None:
     begun = await completion(prompt="What is an orca?", max_tokens=4)
     prompt = begun[0]["choices"][0]["prompt_token_ids"]
     tokens = [token for chunk in begun for token in chunk["choices"][0]["token_ids"]]
-    for wrong in (tokens[:2] + tokens[1:2], tokens[:1] + tokens[2:3], [token + (1 << 17) for token in tokens]):
+    for wrong in (tokens[:2] + tokens[1:2], tokens[:1] + tokens[2:3], [token ^ 1 for token in tokens]):
         reply = await ask("/v1/completions", prompt=prompt + wrong, **IDS)
         assert reply.status_code == 400, wrong
 

@@ -12,11 +12,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from benchmarks.cost import free_port
 from benchmarks.load.client import Call, Client, Patience, Target
 from benchmarks.load.run_file import Request
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
+from benchmarks.streams import free_port
 from tests.gateway.live import serving
 
 PATIENCE = Patience(first_s=0.3, between_s=0.3)
