@@ -40,10 +40,11 @@ from rich.table import Table
 
 from benchmarks.chaos_demo import run_demo
 from benchmarks.checked_stream import CHAT, COMPLETIONS, CheckedStream, numbered, open_stream
-from benchmarks.cost import free_port, wait_for
 from benchmarks.gateway_figures import resumes
+from benchmarks.null_tokenizer import write as write_tokenizer
 from benchmarks.replica_set import ReplicaSet
 from benchmarks.serving import machine
+from benchmarks.streams import free_port, wait_for
 from synthia_vllm import __version__
 
 TOKENS = (40, 120)  # of a stream, drawn
@@ -69,7 +70,6 @@ class Load:
 
     url: str
     streams: int
-    ids: bool  # every client asks for token ids: who does not resume asks for none, and null engines number only then
     finished: list[CheckedStream] = field(default_factory=list)
     open: set[CheckedStream] = field(default_factory=set)
     stopped: bool = False
@@ -86,7 +86,7 @@ class Load:
         while not self.stopped:
             path = CHAT if (number + turn) % 2 else COMPLETIONS
             tokens = random.randint(*TOKENS)
-            ids = self.ids or (number + turn) % 4 == 0
+            ids = (number + turn) % 4 == 0
             prompt = f"Stream {number}, turn {turn}: what is an orca?"
             wanted = numbered(path, prompt, tokens, ignore_eos=True, return_token_ids=ids)
             stream = await open_stream(self.url, wanted)
@@ -190,13 +190,14 @@ def null(
         engines.wait()
         data = stack.enter_context(tempfile.TemporaryDirectory())
         port = free_port()
-        words = ["--port", str(port)] + [word for url in engines.listing().values() for word in ("--upstream", url)]
+        words = ["--port", str(port), "--tokenizer", str(write_tokenizer(Path(data, "tokenizer")))]
+        words += [word for url in engines.listing().values() for word in ("--upstream", url)]
         words += ["--resume"] if resume else []
         gateway = stack.enter_context(_gateway(words, data))
         wait_for(port)
         say(f"{replicas} engines of {statistics.mean(engines.memory_mib()):.0f} MiB each, {streams} streams")
         url = f"http://127.0.0.1:{port}"
-        load = Load(url, streams, ids=not resume)
+        load = Load(url, streams)
         before, began = _cpu_s(gateway), time.monotonic()
         kills = uvloop.run(_kill_under(load, engines, seconds, every, tokens_per_second, say))
         share = round((_cpu_s(gateway) - before) / (time.monotonic() - began), 2)

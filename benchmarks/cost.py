@@ -1,45 +1,64 @@
-"""What our layers cost, with no inference in the way: the full stack around a null engine, against the bare one.
+"""What our layers cost, with no inference in the way: the full stack over a stand-in engine, against that alone.
 
     python -m benchmarks.cost [--rounds 5] [--output benchmarks/results/cost.json]
 
-bare      the null engine under uvicorn (uvloop, httptools)
-stack     the same behind all layers, in the same process
-gateway   `synthia-vllm gateway` in front of a null engine in another process
+bare      the null engine under uvicorn (uvloop, httptools), asked for chats
+engine    the same, asked for what a gateway asks it: /inference/v1/generate
+stack     the null engine's port behind all layers, in one process: keys, limits, fair queue, ledger, metrics, log
+gateway   `synthia-vllm gateway`, with the same layers, in front of a null engine in another process
 
-The server has one core, the client (and the gateway's null engine) the other. All run side by side; each round loads
-them in turn, ratios are taken within a round.
+The server has one core; the client, and the engine that the gateway asks, the other. All run side by side, each round
+loads them in turn. Where the gateway waits for the other core, its processor time a token tells what it could do.
 """
 
-import asyncio
 import json
 import os
 import resource
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.fairness import make_key
+from benchmarks.load.processes import RunningServer, running
+from benchmarks.null_tokenizer import write
 from benchmarks.serving import machine
+from benchmarks.streams import (
+    GENERATE,
+    chat,
+    first_tokens,
+    for_seconds,
+    load,
+    memory_a_stream,
+    port_of,
+    post,
+    processor_seconds,
+)
 from synthia_vllm import __version__
 
-STREAMS = 32
+STREAMS, TOKENS = 32, 4000
 OPEN_STREAMS = 5000
 TTFT_REQUESTS = 200
+RATES, COST, TTFT, MEMORY = "tokens a second", "processor, µs a token", "median TTFT, ms", "KB a stream"
 _SERVER_CORE, _CLIENT_CORE = 0, 1
-_READ = 1 << 18
+# All layers have something to do, and none says no.
+_FULL = {
+    "SYNTHIA_ACCESS__MODE": "keys",
+    "SYNTHIA_LIMITS__REQUESTS_PER_MINUTE": str(10**9),
+    "SYNTHIA_LIMITS__TOKENS_PER_MINUTE": str(10**12),
+    "SYNTHIA_LIMITS__TOKENS_PER_MONTH": str(10**15),
+    "SYNTHIA_LIMITS__CONCURRENT_REQUESTS": str(10**6),
+    "SYNTHIA_FAIR__MAX_IN_FLIGHT_TOKENS": str(10**12),
+}
 
 
 @click.command()
@@ -53,7 +72,7 @@ _READ = 1 << 18
     show_default="benchmarks/results/cost.json",
 )
 def main(rounds: int, seconds: float, streams: int, output: Path) -> None:
-    """Measure chunks a second, time to first token and memory a stream, with and without our layers."""
+    """Measure tokens a second, time to first token and memory a stream, with and without our layers."""
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report = measured(rounds, seconds, streams, lambda text: console.print(text, highlight=False))
@@ -66,50 +85,69 @@ def measured(rounds: int, seconds: float, streams: int, say: Callable[[str], Non
     """The whole measurement, with its servers. Leaves this process on one core while it lasts."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    cores = os.sched_getaffinity(0)
+    cores, where = os.sched_getaffinity(0), machine()
+    os.sched_setaffinity(0, {core(_CLIENT_CORE)})
     try:
-        return _measured(rounds, seconds, streams, say)
+        with tempfile.TemporaryDirectory() as folder:
+            results = _measured(rounds, seconds, streams, Path(folder), say)
     finally:
         os.sched_setaffinity(0, cores)
-
-
-def _measured(rounds: int, seconds: float, streams: int, say: Callable[[str], None]) -> dict[str, Any]:
-    where = machine()  # before this process is put on one core
-    os.sched_setaffinity(0, {_CLIENT_CORE % os.cpu_count()})  # type: ignore[operator]
-    results: dict[str, dict[str, list[float]]] = {"chunks a second": {}, "median TTFT, ms": {}, "KB a stream": {}}
-    with ExitStack() as stack:
-        data = stack.enter_context(tempfile.TemporaryDirectory())
-        bare, behind = free_port(), free_port()
-        servers = {
-            "bare": stack.enter_context(server(data, _SERVER_CORE, "benchmarks.null_engine", "--port", str(bare))),
-            "stack": stack.enter_context(server(data, _SERVER_CORE, "benchmarks.stack", "--port", str(behind))),
-        }
-        ports = {"bare": bare, "stack": behind, "gateway": free_port()}
-        far = free_port()
-        stack.enter_context(server(data, _CLIENT_CORE, "benchmarks.null_engine", "--port", str(far)))
-        wait_for(far)
-        words = ["gateway", "--port", str(ports["gateway"]), "--upstream", f"http://127.0.0.1:{far}"]
-        stack.enter_context(server(data, _SERVER_CORE, "synthia_vllm", *words))
-        for port in ports.values():
-            wait_for(port)
-        for number in range(-1, rounds):
-            for name, port in ports.items():
-                rate = uvloop.run(chunks_a_second(port, seconds if number >= 0 else 1.0))
-                if number >= 0:
-                    results["chunks a second"].setdefault(name, []).append(rate)
-            waits = uvloop.run(first_tokens({name: ports[name] for name in servers}))
-            if number >= 0:
-                for name, times in waits.items():
-                    results["median TTFT, ms"].setdefault(name, []).append(1000 * statistics.median(times))
-            say(f"round {number + 1} of {rounds} done")
-        for name, module in (("bare", "benchmarks.null_engine"), ("stack", "benchmarks.stack")):
-            port = free_port()
-            slow = ["--port", str(port), "--tokens-per-second", "0.2"]
-            with server(data, _SERVER_CORE, module, *slow) as process:
-                wait_for(port)
-                results["KB a stream"][name] = [uvloop.run(memory_a_stream(process, port, streams))]
     report: dict[str, Any] = {"machine": where, "version": __version__, "rounds": rounds, "open_streams": streams}
     return report | {"results": results, "summary": summary(results)}
+
+
+def _measured(
+    rounds: int, seconds: float, streams: int, folder: Path, say: Callable[[str], None]
+) -> dict[str, dict[str, list[float]]]:
+    results: dict[str, dict[str, list[float]]] = {RATES: {}, COST: {}, TTFT: {}, MEMORY: {}}
+    key = {"authorization": f"Bearer {make_key('bench', {'SYNTHIA_DATA': str(folder)})}"}
+    chatting, short, waiting = (chat("null", tokens, headers=key) for tokens in (TOKENS, 2, 1000))
+    generating = {"token_ids": [1, 40, 50], "sampling_params": {"max_tokens": TOKENS}, "stream": True}
+    asking = post(GENERATE, {**generating, "stream_options": {"include_usage": True}}, {})
+    with ExitStack() as stack:
+
+        def start(name: str, where: int, *words: str) -> RunningServer:
+            say(f"starting {name}")
+            return stack.enter_context(server(name, where, words, folder))
+
+        bare = start("bare", _SERVER_CORE, "benchmarks.null_engine")
+        behind = start("stack", _SERVER_CORE, "benchmarks.stack")
+        far = start("far", _CLIENT_CORE, "benchmarks.null_engine")
+        tokenizer = str(write(folder / "tokenizer"))
+        words = ("synthia_vllm", "gateway", "--tokenizer", tokenizer, "--upstream", far.url)
+        gateway = start("gateway", _SERVER_CORE, *words)
+        loads = {"bare": (bare, chatting), "engine": (bare, asking)}
+        loads |= {"stack": (behind, chatting), "gateway": (gateway, chatting)}
+        for number in range(-1, rounds):  # round -1 warms up and is not counted
+            for name, (one, request) in loads.items():
+                before = processor_seconds(one.pid)
+                clients = [for_seconds(seconds if number >= 0 else 0.1, request) for _ in range(STREAMS)]
+                found = uvloop.run(load(port_of(one.url), clients))
+                if number >= 0:
+                    results[RATES].setdefault(name, []).append(found.tokens / found.seconds)
+                    used = processor_seconds(one.pid) - before
+                    results[COST].setdefault(name, []).append(1e6 * used / found.tokens)
+            ports = {"bare": port_of(bare.url), "stack": port_of(behind.url)}
+            for name, times in uvloop.run(first_tokens(ports, lambda: short, TTFT_REQUESTS)).items():
+                if number >= 0:
+                    results[TTFT].setdefault(name, []).append(1000 * statistics.median(times))
+            say(f"round {number + 1} of {rounds} done")
+        for name, module in (("bare", "benchmarks.null_engine"), ("stack", "benchmarks.stack")):
+            slow = start(f"slow {name}", _SERVER_CORE, module, "--tokens-per-second", "0.2")
+            results[MEMORY][name] = [uvloop.run(memory_a_stream(slow.pid, port_of(slow.url), waiting, streams))]
+    return results
+
+
+@contextmanager
+def server(name: str, where: int, words: tuple[str, ...], folder: Path) -> Iterator[RunningServer]:
+    """A module run on one core, with all layers that it has at work; stopped at the end."""
+    command = ["taskset", "-c", str(core(where)), sys.executable, "-m", *words]
+    with running(name, command, _FULL, folder) as one:
+        yield one
+
+
+def core(number: int) -> int:
+    return number % (os.cpu_count() or 1)
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -119,132 +157,15 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(shown)
 
 
-@contextmanager
-def server(data: str, core: int, module: str, *words: str) -> Iterator[psutil.Process]:
-    """A server on one core, with a database of its own; stopped at the end."""
-    # Nothing is to queue: the streams are as good as endless.
-    room = {"SYNTHIA_FAIR__MAX_IN_FLIGHT_TOKENS": str(10**12), "SYNTHIA_LOG__REQUESTS": "false"}
-    environment = {**os.environ, "SYNTHIA_DATA": data, **room}
-    process = subprocess.Popen(
-        ["taskset", "-c", str(core % (os.cpu_count() or 1)), sys.executable, "-m", module, *words],
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def wait_for(port: int, timeout: float = 60.0) -> None:
-    """Until something listens. Raises ClickException after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.1)
-    raise click.ClickException(f"nothing listens on port {port}")
-
-
-def request(tokens: int) -> bytes:
-    messages = [{"role": "user", "content": "What is an orca, and what does it eat?"}]
-    body = json.dumps({"model": "synthia", "messages": messages, "max_tokens": tokens, "stream": True}).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-
-
-class Counter(asyncio.Protocol):
-    """Sends one request and counts the chunks of what comes, without looking into them."""
-
-    def __init__(self, wanted: bytes) -> None:
-        self.chunks = 0
-        self.first = asyncio.get_running_loop().create_future()
-        self._wanted = wanted
-
-    def connection_made(self, transport: Any) -> None:  # uvloop's is no asyncio.Transport
-        self.transport = transport
-        transport.write(self._wanted)
-
-    def data_received(self, data: bytes) -> None:
-        found = data.count(b"\ndata: ") + data.startswith(b"data: ")
-        self.chunks += found
-        # The first chunk of a chat has the role only.
-        if self.chunks > 1 and not self.first.done():
-            self.first.set_result(time.perf_counter())
-
-
-async def connect(port: int, tokens: int) -> Counter:
-    loop = asyncio.get_running_loop()
-    _, counter = await loop.create_connection(lambda: Counter(request(tokens)), "127.0.0.1", port)
-    return counter
-
-
-async def begun(counters: list[Counter]) -> None:
-    """Until each has its first token; an error of asyncio's if one has none after a minute and a half."""
-    await asyncio.wait_for(asyncio.gather(*(counter.first for counter in counters)), 90)
-
-
-async def chunks_a_second(port: int, seconds: float) -> float:
-    """32 streams that never end, for so long."""
-    counters = [await connect(port, 10_000_000) for _ in range(STREAMS)]
-    await begun(counters)
-    before, began = sum(counter.chunks for counter in counters), time.perf_counter()
-    await asyncio.sleep(seconds)
-    rate = (sum(counter.chunks for counter in counters) - before) / (time.perf_counter() - began)
-    for counter in counters:
-        counter.transport.abort()
-    await asyncio.sleep(0.5)
-    return rate
-
-
-async def first_tokens(ports: dict[str, int]) -> dict[str, list[float]]:
-    """Seconds to the first token of one stream at a time, the servers taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in ports}
-    for _ in range(TTFT_REQUESTS):
-        for name, port in ports.items():
-            began = time.perf_counter()
-            counter = await connect(port, 2)
-            found[name].append(await counter.first - began)
-            counter.transport.abort()
-    return found
-
-
-async def memory_a_stream(process: psutil.Process, port: int, streams: int) -> float:
-    """KB of the server's memory for each of so many open streams."""
-    warm = [await connect(port, 1000) for _ in range(50)]
-    await begun(warm)
-    before = process.memory_info().rss
-    counters = []
-    for _ in range(streams):
-        counters.append(await connect(port, 1000))
-    await begun(counters)
-    grown = process.memory_info().rss - before
-    for counter in [*warm, *counters]:
-        counter.transport.abort()
-    return grown / 1024 / streams
-
-
-def summary(results: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    rates, waits = results["chunks a second"], results["median TTFT, ms"]
+def summary(results: Mapping[str, Mapping[str, list[float]]]) -> dict[str, float]:
+    rates, waits = results[RATES], results[TTFT]
     pairs = [a / b for a, b in zip(rates["stack"], rates["bare"], strict=True)]
     added = [a - b for a, b in zip(waits["stack"], waits["bare"], strict=True)]
-    found: dict[str, float] = {
-        f"{name}: chunks a second": round(statistics.median(values)) for name, values in rates.items()
-    }
+    found: dict[str, float] = {f"{name}: {RATES}": round(statistics.median(values)) for name, values in rates.items()}
+    found |= {f"{name}: {COST}": round(statistics.median(values), 2) for name, values in results[COST].items()}
     found |= {"stack / bare": round(statistics.median(pairs), 3)}
     found |= {"added to the median TTFT, ms": round(statistics.median(added), 3)}
-    return found | {f"{name}: KB a stream": round(values[0], 1) for name, values in results["KB a stream"].items()}
+    return found | {f"{name}: {MEMORY}": round(values[0], 1) for name, values in results[MEMORY].items()}
 
 
 def markdown(report: dict[str, Any]) -> str:

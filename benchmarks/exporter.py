@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,21 @@ import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from rich.console import Console
 from rich.table import Table
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from benchmarks.cost import free_port, server, wait_for
-from benchmarks.null_engine import NullEngine
+from benchmarks.cost import server
+from benchmarks.null_port import NullEnginePort
 from benchmarks.serving import machine
+from benchmarks.streams import COMPLETIONS, free_port, port_of, wait_for
 from synthia_vllm import __version__
+from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account
+from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.call import Call
-from synthia_vllm.gateway.delivery import Metering
+from synthia_vllm.gateway.meter import Meter
+from synthia_vllm.gateway.observers.metrics import Metrics
+from synthia_vllm.gateway.request import Exchange, Observer
+from synthia_vllm.gateway.sequences import Sequences
 from synthia_vllm.metrics.exporter import Exporter
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.recorder import Recorder, Waiting
@@ -46,7 +52,6 @@ from synthia_vllm.settings import MetricsSettings, Settings, SloSettings
 REPLICAS, USERS, MANY_USERS, MODELS = 16, 200, 10_000, 3
 STREAMS, RATE = 64, 20.0  # of the steady minute
 CHUNKS = 100_000
-_CHUNK = b'data: {"choices":[{"text":"a"}]}\n\n'
 
 
 @click.command()
@@ -54,16 +59,17 @@ _CHUNK = b'data: {"choices":[{"text":"a"}]}\n\n'
 @click.option("--seconds", default=60.0, show_default=True, help="Of steady load for the gauge.")
 @click.option("--serve-pages", "ports", help="Only serve the replicas' pages, on these ports.", hidden=True)
 @click.option("--port", hidden=True, type=int)
+@click.option("--host", hidden=True)
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path(__file__).with_name("results") / "exporter.json",
     show_default="benchmarks/results/exporter.json",
 )
-def main(rounds: int, seconds: float, ports: str | None, port: int | None, output: Path) -> None:
+def main(rounds: int, seconds: float, ports: str | None, port: int, host: str, output: Path) -> None:
     """Measure the exporter: cost of a chunk, of a scrape, size of the page, and the gauge of tokens a second."""
     if ports is not None:
-        uvloop.run(serve_pages([int(port) for port in ports.split(",")]))
+        uvloop.run(serve_pages([port, *map(int, ports.split(","))]))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     where = machine()
@@ -79,58 +85,63 @@ def main(rounds: int, seconds: float, ports: str | None, port: int | None, outpu
 
 
 async def measure(rounds: int, seconds: float) -> dict[str, Any]:
-    results: dict[str, Any] = {"counting": [counting() for _ in range(rounds)]}
-    with tempfile.TemporaryDirectory() as data, ExitStack() as stack:
+    results: dict[str, Any] = {"counting": [counting() for _ in range(rounds)], "layers": {"with": [], "without": []}}
+    apps = {"with": layers([Metrics(Recorder(MetricsSettings(), SloSettings()))]), "without": layers([])}
+    for number in range(-1, rounds):
+        for name, app in apps.items():
+            took = await through(app)
+            if number >= 0:
+                results["layers"][name].append(took)
+    with tempfile.TemporaryDirectory() as data:
+        others = [free_port() for _ in range(REPLICAS - 1)]
+        words = ("benchmarks.exporter", "--serve-pages", ",".join(map(str, others)))
+        with server("pages", 1, words, Path(data)) as pages:
+            for port in others:
+                wait_for(port)
+            results["scrape"] = await scrapes([port_of(pages.url), *others], 3 * rounds)
         access = {"mode": "open", "database": f"sqlite:///{data}/keys.db", "secret": "x" * 32}
         fair = {"max_in_flight_tokens": 10**12}
         settings = Settings(access=access, fair=fair, log={"requests": False})  # type: ignore[arg-type]
-        results["layers"] = {"with": [], "without": []}
-        async with Gateway(NullEngine(), settings) as gateway:
-            for number in range(-1, rounds):
-                for name, metering in (("with", gateway._metering), ("without", None)):
-                    gateway.access.metering = metering
-                    took = await through(gateway)
-                    if number >= 0:
-                        results["layers"][name].append(took)
-        ports = [free_port() for _ in range(REPLICAS)]
-        words = ["--serve-pages", ",".join(map(str, ports)), "--port", str(ports[0])]
-        stack.enter_context(server(data, 1, "benchmarks.exporter", *words))
-        for port in ports:
-            wait_for(port)
-        results["scrape"] = await scrapes(ports, 3 * rounds)
-        engine = NullEngine(tokens_per_second=RATE)
-        async with Gateway(engine, settings) as gateway:
+        async with Gateway(NullEnginePort(context=None, tokens_per_second=RATE), settings) as gateway:
             results["gauge"] = await steady(gateway, seconds)
     return results
 
 
+def layers(observers: Sequence[Observer]) -> ASGIApp:
+    """All that a chunk passes, told to these observers."""
+    engine = NullEnginePort(context=None)
+    apis = Apis(engine, Sequences(Meter(engine)), Settings().prompt, observers=observers)
+
+    async def nobody(key: str) -> Account | None:
+        return None
+
+    return Access(apis, lookup=nobody, keys_required=False, observers=observers)
+
+
 def counting() -> float:
     """Processor seconds for one chunk, the loop around it taken off."""
-    recorder = Recorder(MetricsSettings(), SloSettings())
-    call = answered("alice", "synthia")
-    Metering(recorder).open(call)
-    assert call.delivery is not None
-    sent = call.delivery.sent
-    times = []
-    for told in (sent, lambda body: None):
+    metrics = Metrics(Recorder(MetricsSettings(), SloSettings()))
+    exchange = answered("alice", "synthia")
+    metrics.opened(exchange)
+    sent, times = metrics.sent, []
+    for told in (sent, lambda exchange, chunks, tokens: None):
         began = time.process_time()
         for _ in range(CHUNKS):
-            call.generated += 1
-            told(_CHUNK)
+            told(exchange, 1, 1)
         times.append(time.process_time() - began)
     return (times[0] - times[1]) / CHUNKS
 
 
-def answered(user: str, model: str) -> Call:
-    call = Call(id="1", request_id="r", route="/v1/completions", account=Account(user), model=model)
-    call.max_generated, call.status, call.prompt_tokens, call.dispatched = 100, 200, 10, call.arrived
-    call.outcome = "finished"
-    return call
+def answered(user: str, model: str) -> Exchange:
+    exchange = Exchange(id=f"{user}-{model}", request_id="r", route=COMPLETIONS, account=Account(user), model=model)
+    exchange.status, exchange.outcome = 200, "finished"
+    exchange.usage.accepted, exchange.usage.prompt, exchange.usage.dispatched = True, 10, exchange.arrived
+    return exchange
 
 
-async def through(gateway: Gateway) -> float:
-    """Processor seconds for one chunk of a stream through all layers, without a socket."""
-    body = json.dumps({"model": "null", "prompt": "x", "max_tokens": CHUNKS, "stream": True}).encode()
+def asked(tokens: int) -> tuple[Scope, Receive]:
+    """A streamed completion, as an ASGI server hands it over; its client stays."""
+    body = json.dumps({"model": "null", "prompt": "x", "max_tokens": tokens, "stream": True}).encode()
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
@@ -139,11 +150,20 @@ async def through(gateway: Gateway) -> float:
         await asyncio.Event().wait()
         raise AssertionError
 
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    about = {"type": "http", "http_version": "1.1", "method": "POST", "path": COMPLETIONS, "headers": headers}
+    return about, receive
+
+
+async def through(app: ASGIApp) -> float:
+    """Processor seconds for one chunk of a stream through the layers, without a socket."""
+
     async def send(message: Message) -> None:
         pass
 
+    scope, receive = asked(CHUNKS)
     began = time.process_time()
-    await gateway.app({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
+    await app(scope, receive, send)
     return (time.process_time() - began) / CHUNKS
 
 
@@ -157,17 +177,16 @@ class Ports:
 
 async def scrapes(ports: list[int], count: int) -> dict[str, Any]:
     recorder = Recorder(MetricsSettings(), SloSettings())
-    metering = Metering(recorder)
+    metrics = Metrics(recorder)
     found: dict[str, Any] = {"seconds": [], "cpu": [], "late": [], "late_alone": []}
     for user in range(MANY_USERS):
         for model in range(MODELS):
-            call = answered(f"user-{user}", f"model-{model}")
-            metering.open(call)
-            assert call.delivery is not None
+            exchange = answered(f"user-{user}", f"model-{model}")
+            metrics.opened(exchange)
             for _ in range(2):
-                call.generated += 1
-                call.delivery.sent(_CHUNK)
-            metering.close(call)
+                exchange.usage.generated += 1
+                metrics.sent(exchange, 1, 1)
+            metrics.ended(exchange)
         if user + 1 in (USERS, MANY_USERS):
             page = await Exporter(recorder, lambda: Waiting({}, {})).page()
             found[f"kB_{user + 1}"] = len(page) / 1000
@@ -208,22 +227,14 @@ async def lateness(late: "deque[float]") -> None:
 async def steady(gateway: Gateway, seconds: float) -> dict[str, list[float]]:
     """The gauge each second, and what clients got over the same ten seconds."""
     got = 0
-    body = json.dumps({"model": "null", "prompt": "x", "max_tokens": 10**6, "stream": True}).encode()
 
     async def stream() -> None:
-        messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive() -> Message:
-            if messages:
-                return messages.pop()
-            await asyncio.Event().wait()
-            raise AssertionError
-
         async def send(message: Message) -> None:
             nonlocal got
             got += message.get("body", b"").count(b'"text":')
 
-        await gateway.app({"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}, receive, send)
+        scope, receive = asked(10**6)
+        await gateway.app(scope, receive, send)
 
     tasks = [asyncio.create_task(stream()) for _ in range(STREAMS)]
     seen: deque[tuple[float, int]] = deque(maxlen=11)

@@ -233,6 +233,13 @@ class ClusterSettings(BaseModel):
         PositiveInt, Field(description="a request under which so many replicas died without a token is refused")
     ] = 2
     max_resumes: Annotated[PositiveInt, Field(description="a request moves to another replica at most so often")] = 16
+    replay: Annotated[
+        bool | None,
+        Field(
+            description="replies with a grammar, a seed or penalties go on elsewhere too; keeps vLLM's newer model "
+            "runner and speculative decoding from GPUs (default: on without a GPU)"
+        ),
+    ] = None
     start_wait_s: Annotated[
         PositiveFloat, Field(description="longest that a request waits while there is no replica at all")
     ] = 600.0

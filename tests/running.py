@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks.null_tokenizer import write
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -88,9 +90,10 @@ def null_engine(log: Path, *options: str) -> Running:
 
 
 def gateway(folder: Path, upstreams: list[Running], *options: str) -> Running:
-    """`synthia-vllm gateway` with keys and usage in the folder. Not started yet."""
+    """`synthia-vllm gateway` before null engines; tokenizer, keys and usage are in the folder. Not started yet."""
     port = free_port()
     words = [sys.executable, "-m", "synthia_vllm", "gateway", "--port", str(port), *options]
+    words += ["--tokenizer", str(write(folder / "tokenizer"))]
     words += [word for engine in upstreams for word in ("--upstream", engine.url)]
     return Running(words, port, "/health", {"SYNTHIA_DATA": str(folder / "data")}, folder / "gateway.log")
 

@@ -20,7 +20,7 @@ MAX_N = 128
 MAX_STOP_CHARACTERS = 256
 MAX_DEPTH = 64  # of free-form JSON, such as a schema
 MAX_CONTAINERS = 65_536  # lists and objects in a body
-MAX_ITEMS = 2**20  # values in a body, as commas tell
+MAX_ITEMS = 2**18  # values in a body, as commas tell
 
 _LONG_BODY = 64 * 1024  # bytes; shorter ones can't hold up anybody
 _AT = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$", re.DOTALL)

@@ -28,7 +28,7 @@ from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import RequestError, SynthiaError
 
 DEFAULT_LENGTH = 16  # OpenAI's, and vLLM's
-MAX_PROMPT_ITEMS = 2**20  # prompts or token ids; what the context holds is checked later
+MAX_PROMPT_ITEMS = 2**18  # prompts or token ids; what the context holds is checked later
 _DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 

@@ -71,7 +71,8 @@ def _prompt_position(position: Position | None) -> dict[int, Any] | None:
         return None
     found: dict[int, Any] = {}
     # Prompts are long: this is the one place where a reply can cost a tenth of a second.
-    for token, text, logprob, rank in (position.chosen, *position.top):
-        if token not in found:
-            found[token] = {"logprob": logprob if logprob > _LOWEST else _LOWEST, "rank": rank, "decoded_token": text}
+    for one in (position.chosen, *position.top):
+        if one.id not in found:
+            logprob = one.logprob if one.logprob > _LOWEST else _LOWEST
+            found[one.id] = {"logprob": logprob, "rank": one.rank, "decoded_token": one.text}
     return found

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from synthia_vllm.api.base import MAX_N, MAX_STOP_CHARACTERS, MAX_TOKENS, Model, check_depth
+from synthia_vllm.engine.grammar import check_grammar
 from synthia_vllm.engine.port import Sampling
 from synthia_vllm.errors import ContextTooLong, RequestError
 from synthia_vllm.prompt import MAX_CLIENT_STOPS, SAMPLING_DEFAULTS, STOP_STRINGS
@@ -269,6 +270,7 @@ def structured_outputs(
         told = f"not {' and '.join(kinds)}" if kinds else f"one of {', '.join(_KINDS)}"
         raise RequestError(f"{param} takes exactly one kind of constraint, {told}", param=param)
     check_schema(fields, param)
+    check_grammar(fields, param=param)
     return fields
 
 

@@ -6,19 +6,22 @@ import msgspec
 from msgspec import Meta
 
 from synthia_vllm.api.base import Model, decode
-from synthia_vllm.api.completions import MAX_PROMPT_ITEMS
 from synthia_vllm.api.conversation import Messages, check_continued, conversation, refuse_tools, rendered
 from synthia_vllm.api.errors import ErrorForm, openai_form
 from synthia_vllm.api.sampling import Name, TokenId, check_token_ids
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import RequestError
 
+# What a tokenizer does in one call keeps everybody else waiting.
+MAX_TOKENIZED = 2**20  # characters
+MAX_DETOKENIZED = 2**17  # ids
+
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """A text, or a conversation that is put into the prompt format first."""
 
     model: Name | None = None
-    prompt: str | None = None
+    prompt: Annotated[str, Meta(max_length=MAX_TOKENIZED)] | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None  # of a text; true where not given
     add_generation_prompt: bool | None = None
@@ -28,7 +31,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
-    tokens: Annotated[list[TokenId], Meta(max_length=MAX_PROMPT_ITEMS)]
+    tokens: Annotated[list[TokenId], Meta(max_length=MAX_DETOKENIZED)]
     model: Name | None = None
 
 

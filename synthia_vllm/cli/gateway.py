@@ -51,7 +51,7 @@ def gateway(settings: Settings) -> int:
 
 async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.app import Gateway
-    from synthia_vllm.gateway.edge.listener import DrainingServer
+    from synthia_vllm.gateway.edge.listener import DrainingServer, settle_memory
 
     upstream = _upstream(settings)
     async with upstream:
@@ -68,6 +68,7 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
                 )
 
         async with stack:
+            settle_memory()
             following = asyncio.create_task(_follow_capacity(upstream, stack))
             try:
                 drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)

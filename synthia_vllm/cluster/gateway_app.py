@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,14 +12,14 @@ from synthia_vllm.cluster.config import ENGINE, ENGINE_ROUTE, GATEWAY_DEPLOYMENT
 from synthia_vllm.cluster.discovery import ServeDiscovery
 from synthia_vllm.cluster.guard import engine_key
 from synthia_vllm.cluster.load import Load, tell
-from synthia_vllm.cluster.pool import ReplicaPool
 from synthia_vllm.engine.arguments import find_model
 from synthia_vllm.engine.memory import read_geometry
+from synthia_vllm.engine.port import Capacity
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.demand import TokenCounter, estimate_tokens
-from synthia_vllm.gateway.fair.room import Capacity
-from synthia_vllm.gateway.request_log import configure_logging
+from synthia_vllm.gateway.observers.log import configure_logging
+from synthia_vllm.replicas.pool import ReplicaPool
 from synthia_vllm.settings import Settings
 
 # Our own queue bounds what comes in. This only has to be more, else Serve would refuse what we would let wait.
@@ -78,15 +76,18 @@ class ClusterGateway:
     async def start(self) -> None:
         settings = self._settings
         timeouts = settings.timeouts
+        tokenizer, context = tokenizer_of(settings)
         pool = ReplicaPool(
             settings.cluster,
+            tokenizer=tokenizer,
+            context=context,
+            names=(find_model(settings.model)[1],) if settings.model else (),
             key=engine_key(settings),
             connect_timeout=timeouts.upstream_connect,
             read_timeout=timeouts.upstream_read,
         )
         await self._ending.enter_async_context(pool)
-        count, context = tokenizer_of(settings)
-        stack = Gateway(pool, settings, count=count, context=context, replicas=pool, replica_headers=pool.headers)
+        stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
         await self._ending.enter_async_context(stack)
         pool.on_capacity = lambda capacity: stack.set_capacity(share(capacity, len(pool.up()), settings))
         name = f"{os.uname().nodename}-{os.getpid()}"
@@ -133,26 +134,18 @@ def measure(stack: Gateway, pool: ReplicaPool) -> Load:
     )
 
 
-def tokenizer_of(settings: Settings) -> tuple[TokenCounter, int | None]:
-    """How to count a prompt's tokens, and the model's context; an estimate and None where the model is not at hand."""
-    from tokenizers import Tokenizer
-
+def tokenizer_of(settings: Settings) -> tuple[Tokenizer | None, int | None]:
+    """The model's tokenizer and context; None and None where the model is not at hand: the replicas tell then."""
     model = find_model(settings.model)[0] if settings.model else ""
     context = settings.engine.max_model_len
     with contextlib.suppress(SetupError):
         geometry = read_geometry(model, settings.engine.dtype) if model else None
         context = context or (geometry.context if geometry else None)
-    folders = [Path(folder) for folder in (settings.tokenizer, model) if folder]
-    path = next((path for folder in folders if (path := folder / "tokenizer.json").is_file()), None)
-    if path is None:
-        return estimate_tokens, context
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    return _counter(tokenizer), context
-
-
-def _counter(tokenizer: object) -> Callable[[str], int]:
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)  # type: ignore[attr-defined]
+    for folder in (settings.tokenizer, model):
+        if folder:
+            with contextlib.suppress(SetupError):
+                return Tokenizer.load(folder), context
+    return None, context
 
 
 async def _end(tasks: list["asyncio.Task[None]"]) -> None:

@@ -8,11 +8,17 @@ from synthia_vllm.engine.hardware import Machine
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
 
+REPLAY = "synthia_vllm.engine.replay:Replay"  # imports vLLM
+
 
 def plan_replica(settings: Settings, machine: Machine, vllm_options: Sequence[str]) -> EnginePlan:
     """One replica's plan. It takes as few GPUs as the model fits, so that there can be as many replicas as possible."""
     stages = settings.cluster.pipeline_parallel_size
-    options = [*(["--pipeline-parallel-size", str(stages)] if stages > 1 else []), *vllm_options]
+    options = [
+        *(["--pipeline-parallel-size", str(stages)] if stages > 1 else []),
+        *_replay(settings, machine, vllm_options),
+    ]
+    options += vllm_options
     if settings.engine.tensor_parallel_size or stages > 1 or not machine.gpus:
         return plan_engine(settings, machine, options)
     for count in range(1, len(machine.gpus)):
@@ -21,6 +27,16 @@ def plan_replica(settings: Settings, machine: Machine, vllm_options: Sequence[st
         except SetupError:
             continue
     return plan_engine(settings, machine, options)
+
+
+def _replay(settings: Settings, machine: Machine, vllm_options: Sequence[str]) -> list[str]:
+    """The option that lets this replica take up replies whose state is more than their ids."""
+    wanted = settings.cluster.replay if settings.cluster.replay is not None else not machine.gpus
+    if any(option.startswith("--speculative-config") for option in vllm_options):
+        if settings.cluster.replay:
+            raise SetupError("--cluster.replay: vLLM takes no logits processor beside --speculative-config")
+        return []
+    return ["--logits-processors", REPLAY] if wanted else []
 
 
 def check_room(settings: Settings, machine: Machine, plan: EnginePlan) -> None:

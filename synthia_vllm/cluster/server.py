@@ -28,7 +28,7 @@ from synthia_vllm.cluster.share import Share, share_of
 from synthia_vllm.engine.arguments import CPU_WORKER
 from synthia_vllm.engine.memory import choose_kv_bytes, read_geometry
 from synthia_vllm.engine.server import warm_up
-from synthia_vllm.engine.tokens import bos_lead
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import Settings
 
@@ -48,7 +48,7 @@ class Engine(LLMServer):  # type: ignore[misc]
         if own["shares_machine"]:
             self._take_share(llm_config, keep_cache=own["keeps_cache"])
         engine = llm_config.get_engine_config()
-        lead = {"bos_lead": bos_lead(get_tokenizer(engine.actual_hf_model_id))}
+        lead = {"bos_lead": Tokenizer.of(get_tokenizer(engine.actual_hf_model_id)).lead}
         given = engine.frontend_kwargs.get("default_chat_template_kwargs") or {}
         engine.frontend_kwargs["default_chat_template_kwargs"] = lead | given
         await super().__init__(llm_config, **options)

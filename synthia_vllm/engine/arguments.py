@@ -72,7 +72,12 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         *("--generation-config", "vllm"),
         *("--dtype", settings.engine.dtype),
         "--enable-request-id-headers",
+        "--enable-prompt-tokens-details",
     ]
+    if not any(option.startswith("--structured-outputs-config") for option in extra):
+        # vLLM's `auto` picks a backend for each request, and its engine keeps the first one's: a grammar for another
+        # then fails after it was accepted.
+        arguments += ["--structured-outputs-config.backend", "xgrammar"]
     if settings.prompt.turn_end:
         arguments += ["--default-chat-template-kwargs", json.dumps({"turn_end": settings.prompt.turn_end})]
     if settings.engine.max_model_len:

@@ -13,6 +13,8 @@ from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost
 
 _READY_DEADLINE_S = 5.0
 _UNAVAILABLE = 503
+# What vLLM lets through and then can't send to its engine.
+_NOT_REPRESENTABLE = (OverflowError, UnicodeEncodeError, TypeError, RecursionError)
 _CONTEXT_TOKENS = 8  # that a tokenizer may need before a token to know its text
 
 _log = structlog.get_logger(__name__)
@@ -60,8 +62,11 @@ class LocalEngine:
         ending = None
         if (sampling.stop_token_ids or not sampling.skip_special_tokens) and self.tokenizer is not None:
             ending = _StopToken(self.tokenizer, generation)
-        # What vLLM's renderer makes of token ids (`vllm/inputs/engine.py`, tokens_input).
-        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": list(generation.prompt)}
+        prompt: dict[str, Any] = {"prompt_token_ids": list(generation.prompt)}
+        if sampling.structured_outputs is None:
+            # What vLLM's renderer makes of token ids (`vllm/inputs/engine.py`, tokens_input). Without it vLLM looks at
+            # the request in a thread of its own, which is slower, but a grammar takes it long.
+            prompt["type"] = "token"
         if generation.salt:
             prompt["cache_salt"] = generation.salt
         with _errors_of_vllm(generation):
@@ -107,6 +112,8 @@ def _errors_of_vllm(generation: Generation) -> Iterator[None]:
     except EngineDeadError:
         raise UpstreamLost("the engine has died; the server is ending") from None
     except EngineGenerateError as error:
+        if isinstance(error.__cause__, _NOT_REPRESENTABLE):
+            raise RequestError(f"the engine can't take this request: {error.__cause__}") from None
         _log.exception("engine_failed", request=generation.id)
         raise UpstreamLost(f"the engine failed on this request: {error.__cause__ or error}") from None
 

@@ -82,7 +82,7 @@ class Generation:
     on_attempt: Callable[[str], Mapping[str, str]] = lambda replica: {}
 
 
-class TokenLogprob(NamedTuple):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """A token at one position, and the logarithm of its probability there."""
 
     id: int
@@ -91,7 +91,7 @@ class TokenLogprob(NamedTuple):
     rank: int | None = None  # 1 is the likeliest; None where the engine does not tell
 
 
-class Position(NamedTuple):
+class Position(msgspec.Struct, frozen=True, gc=False):
     """The log-probabilities at one position."""
 
     chosen: TokenLogprob

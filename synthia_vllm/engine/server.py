@@ -12,7 +12,7 @@ from synthia_vllm.engine.local import LocalEngine
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.engine.vllm_seams import find
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.edge.listener import DrainingServer
+from synthia_vllm.gateway.edge.listener import DrainingServer, settle_memory
 from synthia_vllm.settings import Settings
 
 _ENGINE_POLL_S = 0.5
@@ -51,6 +51,7 @@ async def _serve(
         await warm_up(llm)
         if companion is not None:
             await beside.enter_async_context(companion(llm, args))
+        settle_memory()
         watch = asyncio.create_task(_watch_engine(llm, server))
         try:
             drained = await server.run_until_stopped(sock)
@@ -76,8 +77,10 @@ async def running_engine(args: Any) -> AsyncGenerator[Any, None]:
 async def local_engine(llm: Any, args: Any) -> LocalEngine:
     """The port over a running AsyncLLM, under the names that vLLM was told."""
     found = llm.get_tokenizer()
-    tokenizer = await found if inspect.isawaitable(found) else found
-    return LocalEngine(llm, Tokenizer.of(tokenizer), args.served_model_name or [args.model])
+    tokenizer = Tokenizer.of(await found if inspect.isawaitable(found) else found)
+    # vLLM lets a token through that is one too high, and the worker ends on it.
+    tokenizer.size = min(tokenizer.size, llm.model_config.get_vocab_size())
+    return LocalEngine(llm, tokenizer, args.served_model_name or [args.model])
 
 
 def parse_arguments(arguments: list[str]) -> Any:

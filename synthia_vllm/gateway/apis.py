@@ -17,7 +17,7 @@ from synthia_vllm.api.messages import CountTokens, Messages
 from synthia_vllm.api.responses import Responses
 from synthia_vllm.api.tokens import Detokenize, Tokenize
 from synthia_vllm.engine.port import Engine
-from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError
+from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, UpstreamLost
 from synthia_vllm.gateway.delivery import Delivery
 from synthia_vllm.gateway.edge.replies import send_json
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
@@ -84,7 +84,14 @@ class Apis:
         self, api: GeneratingApi, exchange: Exchange, headers: Mapping[bytes, bytes], receive: Receive, send: Send
     ) -> bool:
         queue_timeout = _seconds(headers.get(b"x-queue-timeout-s"))
-        model = await self._known_model()
+        any_name = False
+        try:
+            model = await self._known_model()
+        except UpstreamLost:
+            if self._model is not None:
+                raise
+            # No engine has told yet what it serves: whoever waits for one waits below. It has the last word.
+            model, any_name = self._model_of(tuple(MODEL_ALIASES)), True
 
         def attempt(replica: str, sequence: int = 0) -> Mapping[str, str]:
             exchange.usage.replica = replica
@@ -100,7 +107,7 @@ class Apis:
 
         def work() -> Prepared:
             request = api.decode(exchange.body or b"")
-            self._check_model(exchange, api.model_of(request), model)
+            self._check_model(exchange, api.model_of(request), model, any_name=any_name)
             prepared = api.prepare(request, model, asker)
             if len(prepared.sequences) > 1:
                 prepared.sequences = [
@@ -140,22 +147,25 @@ class Apis:
             or known.tokenizer is not engine.tokenizer
             or known.context != engine.context
         ):
-            known = self._model = Model(
-                names=names,
-                tokenizer=engine.tokenizer,
-                context=engine.context,
-                style=self._prompt.style,
-                turn_end=self._prompt.turn_end,
-                role_markers=self._prompt.role_markers,
-            )
+            known = self._model = self._model_of(names)
         return known
 
-    def _check_model(self, exchange: Exchange, asked: str, model: Model) -> None:
+    def _model_of(self, names: Sequence[str]) -> Model:
+        return Model(
+            names=names,
+            tokenizer=self.engine.tokenizer,
+            context=self.engine.context,
+            style=self._prompt.style,
+            turn_end=self._prompt.turn_end,
+            role_markers=self._prompt.role_markers,
+        )
+
+    def _check_model(self, exchange: Exchange, asked: str, model: Model, *, any_name: bool = False) -> None:
         exchange.model = asked or model.names[0]
         allowed = exchange.account.models
         if allowed is not None and exchange.model not in allowed:
             raise Forbidden(f"your key is for {', '.join(sorted(allowed))}, not for {exchange.model!r}", param="model")
-        if exchange.model not in model.names:
+        if not any_name and exchange.model not in model.names:
             raise ModelNotFound(exchange.model, model.names)
 
     def _describe(self, name: str, model: Model) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from synthia_vllm.metrics.cells import escape
 from synthia_vllm.metrics.exposition import Block, read_page, sample_lines
+from synthia_vllm.metrics.repair import without_negative_sums
 
 PREFIXES = ("vllm:",)
 MOST_GONE = 32  # each under a label of its own
@@ -32,6 +33,7 @@ class EnginePage:
     def update(self, text: str) -> None:
         """Takes a page that the engine has just sent."""
         blocks = read_page(text, PREFIXES)
+        without_negative_sums(blocks)
         counted = {name: dict(_numbers(block)) for name, block in blocks.items() if block.counts}
         found = _STARTED.search(text)
         started = found[1] if found else ""

@@ -1,8 +1,8 @@
 """Histograms of durations whose sum is negative, as vLLM's can be, are shown without their sum.
 
-vLLM 0.29 counts a request that ended before it was scheduled (a grammar that doesn't compile) as scheduled at zero on
-the machine's clock: its queue time is about minus the machine's uptime. `engine.stat_logger` prevents it in engines that
-are started here. Of others only the page is seen, and what the sum should be can't be known from it.
+vLLM 0.29 takes a request that ended before it was scheduled (a grammar that doesn't compile) as scheduled at zero on
+the machine's clock: its queue time is about minus the machine's uptime. `engine.stat_logger` prevents it in engines
+that are started here. Of others only the page is seen, and what the sum should be can't be known from it.
 """
 
 from collections.abc import Mapping

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.checked_stream import CHAT, COMPLETIONS, CheckedStream, numbered, run_stream
+from benchmarks.null_tokenizer import null_tokenizer
 from benchmarks.replica_set import Replica, ReplicaSet
-from synthia_vllm.cluster.pool import ReplicaPool
+from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.fair.room import Capacity
-from synthia_vllm.gateway.listener import DrainingServer, bind
+from synthia_vllm.gateway.edge.listener import DrainingServer, bind
 from synthia_vllm.metrics.replicas import STREAM_RESUMES
+from synthia_vllm.replicas.pool import ReplicaPool
 from synthia_vllm.settings import Settings
 
 FULL = os.environ.get("SYNTHIA_CHAOS") == "full"
@@ -60,6 +61,8 @@ class House:
             more: dict[str, Any] = {"return_token_ids": True} if number % 5 == 0 else {}
             if number % 7 == 0:
                 more |= {"logprobs": True, "top_logprobs": 1} if path == CHAT else {"logprobs": 1}
+            if number % 4 == 0:
+                more["seed"] = number  # said again from its beginning elsewhere, not gone on with
             if number % 3 == 0:
                 more["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
             lately = random.randint(tokens // 2, tokens)
@@ -109,7 +112,7 @@ async def house(
     told = {"limits": {"concurrent_requests": 100_000}, "log": {"requests": False}, "port": 0, "drain_timeout": 2.0}
     settings = Settings(**told | options, cluster=CLUSTER | (cluster or {}))
     sock = bind(settings)
-    pool = ReplicaPool(settings.cluster, connect_timeout=connect_timeout, read_timeout=20.0)
+    pool = ReplicaPool(settings.cluster, tokenizer=null_tokenizer(), connect_timeout=connect_timeout, read_timeout=20.0)
     gateway = Gateway(pool, settings, capacity=Capacity())
     ready = asyncio.Event()
     async with pool, gateway:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.checked_stream import COMPLETIONS, numbered, run_stream
-from benchmarks.cost import free_port, wait_for
 from benchmarks.fairness import make_key
 from benchmarks.gateway_figures import state
 from benchmarks.replica_set import ReplicaSet
+from benchmarks.streams import free_port, wait_for
 from tests.chaos.house import STREAMS, TOKENS, assert_whole, until
 
 pytestmark = pytest.mark.chaos

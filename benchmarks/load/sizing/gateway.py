@@ -1,7 +1,8 @@
 """The gateway of the simulator: the fair queue (Virtual Token Counter) with its budget of tokens, and the router.
 
-The rules are those of `synthia_vllm.gateway.fair` and `synthia_vllm.cluster.routing`. Generated tokens are charged when
-a request is dispatched, as far as they are expected, and corrected at its end: the scheduler's place is the same sum.
+The rules are those of `synthia_vllm.gateway.fair` and `synthia_vllm.replicas.routing`. Generated tokens are charged
+when a request is dispatched, as far as they are expected, and corrected at its end: the scheduler's place is the same
+sum.
 """
 
 import math

@@ -1,79 +1,73 @@
-"""The replicas as one upstream: who is there, who is well, and who takes the next request."""
+"""The replicas as one engine: who is there, who is well, and who takes the next request."""
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
+from typing import Any
 
 import aiohttp
+import msgspec
 import structlog
-from starlette.types import Receive, Scope, Send
 
-from synthia_vllm.cluster.exchange import Exchange
-from synthia_vllm.cluster.replica import LossReason, Replica
-from synthia_vllm.cluster.routing import Affinity, Router
+from synthia_vllm.engine.port import Affinity, Capacity, Delta, Generation
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import Overloaded
-from synthia_vllm.gateway.fair.room import Capacity
-from synthia_vllm.gateway.forwarding import (
-    answer_lifespan,
-    cache_tokens,
-    open_session,
-    own_headers,
-    while_client_stays,
-    whole_body,
-)
-from synthia_vllm.gateway.replies import send_error, send_json
 from synthia_vllm.metrics.replicas import ReplicaView
+from synthia_vllm.replicas.attempt import LossReason
+from synthia_vllm.replicas.detect import COMPLETIONS, GENERATE, Endpoint, detect, least_context
+from synthia_vllm.replicas.http import EngineRefused, cache_tokens, open_session, own_headers
+from synthia_vllm.replicas.models import ModelList
+from synthia_vllm.replicas.replica import Replica, Waiter
+from synthia_vllm.replicas.routing import Router
+from synthia_vllm.replicas.sequence import PooledSequence
 from synthia_vllm.settings import ClusterSettings
 
 _TICK_S = 0.2
-_PATIENCE_S = 2.0  # between two words to a client that waits for a replica
+_RETRY_AFTER_S = 2.0
 _FAILED_AGAIN_S = 0.5  # a replica that is not up is asked again so soon
-_CANARY = {"prompt": [1], "max_tokens": 1, "temperature": 0}
+_CANARY = {"max_tokens": 1, "temperature": 0}
 
 _log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    affinity: Affinity | None
-    avoid: Set[Replica]
-    on_trial: bool
-    given: "asyncio.Future[Replica]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-
 class ReplicaPool:
-    """An ASGI app that answers from the replicas it is told of, and goes on from another when one is lost.
+    """An engine that generates on the replicas it is told of, and goes on from another when one is lost.
 
     A replica takes requests from the moment that it has answered a canary, one generated token, and is asked for
     another whenever it has sent nothing for a while. Without it by the deadline the replica is out, and what ran on
-    it goes on elsewhere (`synthia_vllm.cluster.exchange`). Replicas that are not listed any more drain.
+    it goes on elsewhere (`synthia_vllm.replicas.sequence`). Replicas that are not listed any more drain.
 
     Requests wait in order of arrival while no replica is up, at most `start_wait_s`: 503 after that. `async with` opens
     the connections and watches the replicas. `on_capacity` is told when what all of them hold changes.
     """
 
-    tells_readiness = True  # to `Gateway`: answers /ready itself, from its canaries
-
     def __init__(
         self,
         settings: ClusterSettings,
         *,
+        tokenizer: Tokenizer | None = None,
+        context: int | None = None,
+        names: Sequence[str] = (),
         key: str | None = None,
         connect_timeout: float = 5.0,
         read_timeout: float = 300.0,
     ) -> None:
         self.settings = settings
-        self.key = key  # that the replicas ask for
-        self.headers = own_headers(key)
+        self.tokenizer = tokenizer  # None: prompts go as text
+        self.headers = own_headers(key)  # of every question to a replica; `key` is what they ask for
         self.on_capacity: Callable[[Capacity], None] | None = None
         self.session: aiohttp.ClientSession
         self.tokens_per_replica: int | None = None  # KV cache of one, as the last one told
+        self.root: str | None = None  # unknown until a replica tells it
+        self.context = context  # None: unknown until a replica tells it
+        self._context_is_set = context is not None
         self._timeouts = connect_timeout, read_timeout
         self._router = Router(settings.routing, settings.max_load_factor)
         self._replicas: dict[str, Replica] = {}
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: deque[Waiter] = deque()
         self._told: Capacity | None = None
+        # Names hold while no replica is up: who asks for one of them waits here.
+        self._models = ModelList(self.headers, lambda: self.session, names=names, keep=True)
 
     async def __aenter__(self) -> "ReplicaPool":
         self._loop = asyncio.get_running_loop()
@@ -86,13 +80,15 @@ class ReplicaPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._models.close()
         await self.session.close()
 
     def update(self, listed: Mapping[str, str]) -> None:
         """Tells which replicas there are: name to base URL, with vLLM's routes under it."""
         for name, url in listed.items():
             if name not in self._replicas:
-                replica = self._replicas[name] = Replica(name, url.rstrip("/"), last_heard=self._loop.time())
+                endpoint = Endpoint(url.rstrip("/"))
+                replica = self._replicas[name] = Replica(name, endpoint, last_heard=self._loop.time())
                 _log.info("replica_listed", replica=name, url=url)
                 self._ask(replica)
             elif self._replicas[name].draining_since is not None:
@@ -118,62 +114,50 @@ class ReplicaPool:
         """Requests that wait for a replica."""
         return len(self._waiters)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await answer_lifespan(receive, send)
-        if scope["path"] == "/health":
-            return await send_json(200, {}, send)
-        if scope["path"] == "/ready":
-            if not self.up():
-                return await send_error(_nobody(), send)
-            return await send_json(200, {"replicas": len(self.up())}, send)
-        body = await whole_body(receive)
-        if body is not None:
-            await while_client_stays(Exchange(self, scope, body, send).run(), receive)
-        return None
+    # The engine port
 
-    async def acquire(
-        self,
-        affinity: Affinity | None,
-        avoid: Set[Replica] = frozenset(),
-        *,
-        wait: bool = True,
-        on_trial: bool = False,
-        on_wait: Callable[[float], Awaitable[None]] | None = None,
-    ) -> Replica:
-        """A replica for one request, to be released after it. `on_wait` is called while there is none, with seconds.
+    def generate(self, generation: Generation) -> AsyncGenerator[Delta, None]:
+        return PooledSequence(self, generation).deltas()
 
-        With `on_trial`, one where no other request is on trial. Raises Overloaded where none comes in time, or none is
-        there and `wait` is off.
+    async def models(self) -> Sequence[str]:
+        found = list(self._replicas.values())
+        return await self._models.of([one.endpoint for one in found if one.state == "up" or not self.up()])
+
+    async def ready(self) -> bool:
+        return bool(self.up())
+
+    # For `PooledSequence`
+
+    def queue(self, affinity: Affinity | None, avoid: Set[Replica], *, on_trial: bool) -> Waiter:
+        """Asks for a replica, which is given at once where one is free. `leave` must follow, or `release`.
+
+        With `on_trial`, one where no other request is on trial.
         """
-        if all(waiter.on_trial for waiter in self._waiters):
+        waiter = Waiter(affinity, avoid, on_trial, self._loop.time())
+        if all(other.on_trial for other in self._waiters):
             replica = self._pick(affinity, avoid, on_trial)
             if replica is not None:
-                return self._take(replica, on_trial)
-        if not wait:
-            raise _nobody()
-        began, waiter = self._loop.time(), _Waiter(affinity, avoid, on_trial)
+                waiter.given.set_result(self._take(replica, on_trial))
+                return waiter
         self._waiters.append(waiter)
-        try:
-            while not (await asyncio.wait((waiter.given,), timeout=_PATIENCE_S))[0]:
-                waited = self._loop.time() - began
-                if waited > self.settings.start_wait_s:
-                    break
-                if on_wait is not None:
-                    await on_wait(waited)
-            else:
-                return waiter.given.result()
-        except BaseException:
-            if waiter.given.done():
-                self.release(waiter.given.result(), on_trial)
-            raise
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-        raise _nobody()
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """Gives up to wait."""
+        if waiter.given.done():
+            self.release(waiter.given.result(), waiter.on_trial)
+        elif waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+    def waited(self, waiter: Waiter) -> float:
+        """For how many seconds. Raises Overloaded where that is too long."""
+        seconds = self._loop.time() - waiter.began
+        if seconds > self.settings.start_wait_s:
+            raise Overloaded("no replica is up", _RETRY_AFTER_S)
+        return seconds
 
     def release(self, replica: Replica, on_trial: bool = False) -> None:
-        """`on_trial` as in `acquire`, unless it was acquitted."""
+        """`on_trial` as in `queue`, unless it was acquitted."""
         replica.in_flight -= 1
         if on_trial:
             replica.on_trial = False
@@ -193,6 +177,8 @@ class ReplicaPool:
         """A request lost this replica: whether others did is found out now."""
         if reason != "drained" and replica.state == "up":
             self._prove(replica)
+
+    # Who is well
 
     def _prove(self, replica: Replica) -> None:
         """Gives it no more requests until it has answered a canary."""
@@ -224,7 +210,8 @@ class ReplicaPool:
                 return
             if replica is not None:
                 self._waiters.remove(waiter)
-                waiter.given.set_result(self._take(replica, waiter.on_trial))
+                if not waiter.given.done():  # cancelled, and not gone yet
+                    waiter.given.set_result(self._take(replica, waiter.on_trial))
 
     async def _run(self) -> None:
         while True:
@@ -242,7 +229,7 @@ class ReplicaPool:
             self._ask(replica)
         since = replica.draining_since
         if since is not None and now - since >= self.settings.handover_s and self.up():
-            replica.take_legs_away("drained", only_movable=True)
+            replica.take_attempts_away("drained", only_movable=True)
 
     def _ask(self, replica: Replica) -> None:
         if replica.canary is None or replica.canary.done():
@@ -250,17 +237,14 @@ class ReplicaPool:
             replica.canary = asyncio.create_task(self._canary(replica))
 
     async def _canary(self, replica: Replica) -> None:
-        """Asks for one token, and learns what the replica holds when it is new."""
+        """Asks for one token, and learns what the replica is and holds when it is new."""
         began = self._loop.time()
         try:
             async with asyncio.timeout(self.settings.canary_deadline_s):
-                body = {"model": await self._model(replica), **_CANARY}
-                async with self.session.post(f"{replica.url}/v1/completions", json=body, headers=self.headers) as reply:
-                    await reply.read()
-                    answered = reply.status == 200
+                answered = await self._one_token(replica.endpoint)
                 if answered and replica.tokens is None:
-                    replica.tokens = await self._cache_size(replica)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                    replica.tokens = await self._cache_size(replica.endpoint)
+        except (aiohttp.ClientError, TimeoutError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError)
             if refused or replica.last_heard <= began:
                 # A connection that breaks, also a canary's, is a death; silence is a hang.
@@ -272,14 +256,39 @@ class ReplicaPool:
             return
         self.heard(replica)
         if replica.state in ("unproven", "out"):
-            _log.info("replica_up", replica=replica.name)
+            _log.info("replica_up", replica=replica.name, speaks=replica.endpoint.kind)
             replica.state = "up"
             replica.up_since = replica.up_since or self._loop.time()
             self._tell_capacity()
             self._hand_out()
 
+    async def _one_token(self, endpoint: Endpoint) -> bool:
+        if endpoint.kind is None:
+            try:
+                await detect(endpoint, self.session, self.headers, tokens=self.tokenizer is not None)
+                self.root = self.root or endpoint.root
+                if not self._context_is_set:
+                    self.context = least_context(replica.endpoint for replica in self._replicas.values())
+            except EngineRefused:
+                return False
+        body: dict[str, Any]
+        if endpoint.kind == "generate":
+            path, body = GENERATE, {"token_ids": [1], "sampling_params": _CANARY}
+        else:
+            path, body = COMPLETIONS, {"model": endpoint.model(""), "prompt": [1], **_CANARY}
+        data, headers = msgspec.json.encode(body), {**self.headers, "Content-Type": "application/json"}
+        async with self.session.post(endpoint.url + path, data=data, headers=headers) as reply:
+            await reply.read()
+            if reply.status in (404, 405):
+                endpoint.kind = None  # what is there now is something else
+            return reply.status == 200
+
+    async def _cache_size(self, endpoint: Endpoint) -> int | None:
+        async with self.session.get(f"{endpoint.url}/metrics", headers=self.headers) as reply:
+            return cache_tokens(await reply.text(errors="replace")) if reply.status == 200 else None
+
     def _out(self, replica: Replica, reason: LossReason) -> None:
-        if replica.state == "up" or replica.legs:
+        if replica.state == "up" or replica.attempts:
             _log.warning("replica_out", replica=replica.name, reason=reason, in_flight=replica.in_flight)
         if replica.state != "draining":
             replica.state = "out"
@@ -288,23 +297,7 @@ class ReplicaPool:
             # It may be slow and not dead, and elsewhere is nobody: what it has it can only lose. The next canary, soon,
             # asks again.
             return
-        replica.take_legs_away(reason)
-
-    async def _model(self, replica: Replica) -> str | None:
-        """The model's name, asked for once: engines other than vLLM want it in every request."""
-        if replica.model is None:
-            async with self.session.get(f"{replica.url}/v1/models", headers=self.headers) as reply:
-                models = (await reply.json()).get("data") or [{}]
-            replica.model, replica.context = models[0].get("id"), models[0].get("max_model_len")
-        return replica.model
-
-    async def _cache_size(self, replica: Replica) -> int | None:
-        async with self.session.get(f"{replica.url}/metrics", headers=self.headers) as reply:
-            text = await reply.text()
-        try:
-            return cache_tokens(text)
-        except ValueError:
-            return None  # no metrics, or not vLLM's
+        replica.take_attempts_away(reason)
 
     def _forget_if_idle(self, replica: Replica) -> None:
         if replica.draining_since is not None and not replica.in_flight:
@@ -323,7 +316,3 @@ class ReplicaPool:
             self._told = capacity
             if self.on_capacity is not None:
                 self.on_capacity(capacity)
-
-
-def _nobody() -> Overloaded:
-    return Overloaded("no replica is up", _PATIENCE_S)

@@ -3,59 +3,14 @@
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal
 
-from starlette.types import Scope
-
-from synthia_vllm.cluster.replica import Replica
-from synthia_vllm.gateway.call import call_of
-from synthia_vllm.gateway.replies import header
+from synthia_vllm.engine.port import Affinity
+from synthia_vllm.replicas.replica import Replica
 
 Policy = Literal["affinity", "round_robin"]
-# Of a text that starts a conversation: enough to tell one from another.
-_PREFIX_CHARACTERS = 1024
 _MAX_HOMES = 65_536  # conversations whose replica is remembered
-
-
-class Affinity(NamedTuple):
-    """What all requests of one conversation share, and whether an earlier one of it may have left its KV cache."""
-
-    key: bytes
-    continued: bool
-
-
-def affinity_of(scope: Scope, request: Mapping[str, Any] | None) -> Affinity | None:
-    """X-Session-Id, else how the conversation begins: the system message and the first user message.
-
-    None for a request without a text; it goes where there is least to do. Users are kept apart.
-    """
-    call = call_of(scope)
-    user = call.account.user if call else ""
-    if session := header(scope, b"x-session-id"):
-        return Affinity(_digest(user, session.decode("latin-1")), continued=True)
-    beginning = _beginning(request) if request is not None else ""
-    if not beginning:
-        return None
-    assert request is not None
-    messages = request.get("messages", request.get("input"))
-    continued = isinstance(messages, list) and any(
-        isinstance(message, dict) and message.get("role") == "assistant" for message in messages
-    )
-    return Affinity(_digest(user, beginning), continued)
-
-
-def _beginning(request: Mapping[str, Any]) -> str:
-    messages = request.get("messages", request.get("input"))
-    if isinstance(messages, list):
-        first: list[Any] = [request.get("system"), request.get("instructions")]
-        for message in messages:
-            first.append(message)
-            if isinstance(message, dict) and message.get("role") == "user":
-                break
-        return str(first)[:_PREFIX_CHARACTERS]
-    given = request.get("prompt", messages)
-    return str(given[:_PREFIX_CHARACTERS]) if isinstance(given, str | list) else ""
 
 
 class Router:
@@ -88,9 +43,9 @@ class Router:
         home = self._homes.get(affinity.key)
         found = next((replica for replica in fitting if replica.name == home), None)
         if found is None and home is None and affinity.continued:
-            found = max(fitting, key=lambda replica: _digest(replica.name, affinity.key.hex()))
+            found = max(fitting, key=lambda replica: _weight(replica.name, affinity.key))
         found = found or self._least_busy(replicas)
-        self._remember(affinity.key, found.name)
+        self._remember(affinity.next or affinity.key, found.name)
         return found
 
     def _least_busy(self, replicas: list[Replica]) -> Replica:
@@ -105,5 +60,5 @@ class Router:
             self._homes.popitem(last=False)
 
 
-def _digest(user: str, text: str) -> bytes:
-    return hashlib.blake2b(f"{user}\0{text}".encode(), digest_size=8).digest()
+def _weight(name: str, key: bytes) -> bytes:
+    return hashlib.blake2b(f"{name}\0{key.hex()}".encode(), digest_size=8).digest()

@@ -1,0 +1,25 @@
+"""vLLM's Prometheus metrics, without times of requests that the engine never ran; for `vllm.stat_logger_plugins`.
+
+Read in vLLM 0.29.0: a request that ends before it was scheduled (a grammar that doesn't compile) is taken as scheduled
+at zero on the machine's clock (`v1/metrics/stats.py`, update_from_finished_request). About minus the machine's uptime
+is added to the sum of queue times, and as much to those of prefill and inference.
+"""
+
+from typing import Any
+
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+
+class StatLogger(PrometheusStatLogger):  # type: ignore[misc]
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *given: Any, **named: Any) -> None:
+        if iteration_stats is not None and iteration_stats.finished_requests:
+            never_scheduled_waited_only(iteration_stats.finished_requests)
+        super().record(scheduler_stats, iteration_stats, *given, **named)
+
+
+def never_scheduled_waited_only(finished: list[Any]) -> None:
+    """Counts the whole life of such requests as time in the queue, in place."""
+    for request in finished:
+        if request.queued_time < 0:
+            request.queued_time = request.e2e_latency
+            request.prefill_time = request.inference_time = 0.0

@@ -1,0 +1,312 @@
+"""The pool in front of null engines (no model), over real sockets."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp
+
+from benchmarks.null_engine import NullEngine
+from benchmarks.null_faults import Faults
+from synthia_vllm.engine.port import Capacity, Delta
+from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost
+from tests.replicas.engines import (
+    Answers,
+    Live,
+    WithoutTokensRoute,
+    asking,
+    breaks,
+    count_of,
+    event,
+    pool_of,
+    read,
+    read_into,
+    reply_to,
+    streaming,
+    text_of,
+    until,
+)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 12])
+async def test_a_sequence_goes_on_at_another_replica(live: Live, cut: int) -> None:
+    engines = [NullEngine(faults=Faults(break_after=cut)), NullEngine()]
+    async with pool_of(*map(live, engines), routing="round_robin") as pool:
+        replies = [await read(pool) for _ in range(2)]
+    assert sum(engine.resumed for engine in engines) == (1 if cut > 1 else 0)
+    for reply in replies:
+        assert text_of(reply) == reply_to()
+        assert count_of(reply) == 12
+        assert [delta.finish for delta in reply if delta.finish] == ["length"]
+
+
+async def test_what_has_a_state_is_said_again_elsewhere(live: Live) -> None:
+    engines = [NullEngine(faults=Faults(break_after=7)), NullEngine()]
+    async with pool_of(*map(live, engines), routing="round_robin") as pool:
+        replies = [await read(pool, asking(seed=2**63 - 1, logprobs=1)) for _ in range(2)]
+    assert sum(engine.resumed for engine in engines) == 0
+    assert any(one["sampling_params"].get("extra_args") for one in engines[1].asked)
+    for reply in replies:
+        assert (text_of(reply), count_of(reply)) == (reply_to(), 12)
+        assert [place.chosen.text for delta in reply for place in delta.logprobs or ()] == [
+            reply_to()[at : at + 5] for at in range(0, 60, 5)
+        ]
+
+
+async def test_a_vllm_that_takes_no_ids_goes_on_from_them_all_the_same(live: Live) -> None:
+    engines = [NullEngine(faults=Faults(break_after=7)), NullEngine()]
+    async with pool_of(*(live(WithoutTokensRoute(one)) for one in engines), routing="round_robin") as pool:
+        replies = [await read(pool) for _ in range(2)]
+    assert sum(engine.resumed for engine in engines) == 1
+    assert [(text_of(reply), count_of(reply)) for reply in replies] == [(reply_to(), 12)] * 2
+
+
+async def test_without_a_tokenizer_a_vllm_tells_the_ids_to_go_on_from(live: Live) -> None:
+    engines = [NullEngine(faults=Faults(break_after=7)), NullEngine()]
+    async with pool_of(*map(live, engines), tokenizer=False, routing="round_robin") as pool:
+        replies = [await read(pool, asking(ids=False)) for _ in range(2)]
+    assert sum(engine.resumed for engine in engines) == 1
+    assert [(text_of(reply), count_of(reply)) for reply in replies] == [(reply_to(), 12)] * 2
+    assert {delta.prompt_tokens for reply in replies for delta in reply} == {None, 3}
+
+
+async def test_replicas_of_all_kinds_are_one_pool(live: Live) -> None:
+    text = Answers(
+        streaming(event({"text": " text"}), event({"text": "", "finish_reason": "stop"}), b"data: [DONE]\n\n")
+    )
+    apps: list[ASGIApp] = [NullEngine(), WithoutTokensRoute(NullEngine()), text]
+    async with pool_of(*map(live, apps), routing="round_robin") as pool:
+        kinds = {replica.endpoint.kind for replica in pool.up()}
+        replies = {text_of(await read(pool)) for _ in range(6)}
+        assert await pool.models() == ["null", "other"]
+        assert pool.context == 64
+    assert kinds == {"generate", "completions"}
+    assert replies == {reply_to(), " text"}
+
+
+async def test_whole_replies_are_asked_for_anew(live: Live) -> None:
+    engines = [NullEngine(tokens_per_second=20, faults=Faults()), NullEngine()]
+    async with pool_of(*map(live, engines), routing="round_robin") as pool:
+        asked = asyncio.gather(*(read(pool, asking(prompt_logprobs=1)) for _ in range(2)))
+        await until(lambda: engines[0].running == 1)
+        engines[0].faults.dead = True
+        replies = await asked
+    for reply in replies:
+        assert (text_of(reply), count_of(reply)) == (reply_to(), 12)
+        assert len(reply[0].prompt_logprobs or ()) == len(asking().prompt)
+
+
+async def test_an_error_of_a_replica_is_tried_elsewhere_and_told_in_the_end(live: Live) -> None:
+    failing = Answers(PlainTextResponse("no", 500))
+    async with pool_of(live(failing), live(NullEngine()), routing="round_robin") as pool:
+        replies = [await read(pool) for _ in range(2)]
+        assert [text_of(reply) for reply in replies] == [reply_to()] * 2
+        assert failing.asked == 1
+    async with pool_of(live(failing)) as pool:
+        with pytest.raises(UpstreamLost, match="answered 500: no"):
+            await read(pool)
+
+
+async def test_no_more_than_two_replicas_are_asked_by_a_request_that_fails(live: Live) -> None:
+    failing = [Answers(PlainTextResponse("no", 500)) for _ in range(4)]
+    async with pool_of(*map(live, failing)) as pool:
+        with pytest.raises(UpstreamLost):
+            await read(pool)
+    assert sum(replica.asked for replica in failing) == 2
+
+
+async def test_a_busy_replica_is_no_lost_one(live: Live) -> None:
+    busy = [Answers(PlainTextResponse("backpressure", 503)) for _ in range(3)]
+    async with pool_of(*map(live, busy), live(NullEngine())) as pool:
+        replies = [await read(pool) for _ in range(4)]
+    assert [text_of(reply) for reply in replies] == [reply_to()] * 4
+    async with pool_of(live(busy[0])) as pool:
+        with pytest.raises(Overloaded):
+            await read(pool)
+
+
+async def test_what_a_replica_refuses_is_told_at_once(live: Live) -> None:
+    refused = JSONResponse({"error": {"message": "too long", "param": "prompt", "code": 400}}, 400)
+    replicas = [Answers(refused) for _ in range(2)]
+    async with pool_of(*map(live, replicas)) as pool:
+        with pytest.raises(RequestError, match="too long") as raised:
+            await read(pool)
+    assert (raised.value.status, raised.value.param) == (400, "prompt")
+    assert sum(replica.asked for replica in replicas) == 1
+
+
+async def test_what_cannot_go_on_ends_with_one_error(live: Live) -> None:
+    broken = [Answers(streaming(event({"text": "a"}), then=ConnectionResetError())) for _ in range(2)]
+    got: list[Delta] = []
+    async with pool_of(*map(live, broken)) as pool:
+        with pytest.raises(UpstreamLost, match="can't go on elsewhere"):
+            await read_into(got, pool)
+    assert text_of(got) == "a"
+    assert sum(replica.asked for replica in broken) == 1
+
+
+async def test_what_had_nothing_yet_is_tried_elsewhere_whatever_it_is(live: Live) -> None:
+    broken = Answers(breaks)
+    async with pool_of(live(broken), live(NullEngine()), routing="round_robin") as pool:
+        replies = [await read(pool) for _ in range(2)]
+    assert broken.asked == 1
+    assert [text_of(reply) for reply in replies] == [reply_to()] * 2
+
+
+@pytest.mark.parametrize("fault", [{"dead": True}, {"status": 500}, {"end_after": 5}])
+async def test_an_engine_that_fails_in_a_stream_is_left(live: Live, fault: dict[str, Any]) -> None:
+    engines = [NullEngine(tokens_per_second=40), NullEngine(tokens_per_second=40)]
+    async with pool_of(*map(live, engines), routing="round_robin") as pool:
+        asked = asyncio.gather(*(read(pool) for _ in range(2)))
+        await until(lambda: engines[0].running == 1)
+        engines[0].faults.change(fault)
+        replies = await asked
+    assert [(text_of(reply), count_of(reply)) for reply in replies] == [(reply_to(), 12)] * 2
+
+
+async def test_who_comes_while_there_is_no_replica_waits_and_is_told(live: Live) -> None:
+    async with pool_of() as pool:
+        asked = asyncio.create_task(read(pool))
+        await asyncio.sleep(2.5)
+        assert not asked.done()
+        assert pool.waiting == 1
+        pool.update({"late": live(NullEngine())})
+        reply = await asked
+    assert reply[0].note == "waiting for a replica, 2 s so far"
+    assert (len(reply[0].ids), text_of(reply)) == (0, reply_to())
+
+
+async def test_waiting_has_an_end() -> None:
+    async with pool_of(start_wait_s=0.1) as pool:
+        with pytest.raises(Overloaded, match="no replica is up"):
+            await read(pool)
+        assert pool.waiting == 0
+
+
+async def test_without_a_replica_there_are_the_models_of_before(live: Live) -> None:
+    engine = NullEngine()
+    async with pool_of() as pool:
+        with pytest.raises(UpstreamLost):
+            await pool.models()
+        pool.update({"r": live(engine)})
+        await until(lambda: bool(pool.up()))
+        assert await pool.models() == ["null"]
+        engine.faults.dead = True
+        pool.update({})
+        assert await pool.models() == ["null"]
+
+
+async def test_ready_means_that_a_replica_generated_a_token(live: Live) -> None:
+    engine = NullEngine()
+    async with pool_of(live(engine)) as pool:
+        assert await pool.ready()
+        engine.faults.dead = True
+        await until(lambda: not pool.up())
+        assert not await pool.ready()
+        engine.faults.dead = False
+        await until(lambda: bool(pool.up()))
+        assert await pool.ready()
+
+
+async def test_who_leaves_while_it_waits_leaves_nothing_behind(live: Live) -> None:
+    async with pool_of() as pool:
+        waiting = [asyncio.create_task(read(pool)) for _ in range(3)]
+        await until(lambda: pool.waiting == 3)
+        for task in waiting[:2]:
+            task.cancel()
+        await until(lambda: pool.waiting == 1)
+        pool.update({"late": live(NullEngine())})
+        await waiting[2]
+        assert [view.in_flight for view in pool.replicas()] == [0]
+
+
+async def test_who_leaves_a_sequence_ends_it_at_the_replica(live: Live) -> None:
+    engine = NullEngine(tokens_per_second=20)
+    async with pool_of(live(engine)) as pool:
+        deltas = pool.generate(asking(max_tokens=1000))
+        await anext(deltas)
+        assert engine.running == 1
+        await deltas.aclose()
+        assert [view.in_flight for view in pool.replicas()] == [0]
+        await until(lambda: (engine.running, engine.aborted) == (0, 1))
+
+
+async def test_sequences_of_a_replica_that_is_to_stop_move_on(live: Live) -> None:
+    engines = [NullEngine(tokens_per_second=10), NullEngine(tokens_per_second=10)]
+    urls = [live(engine) for engine in engines]
+    async with pool_of(*urls) as pool:
+        asked = [asyncio.create_task(read(pool, asking(f"{n}"))) for n in range(8)]
+        await until(lambda: engines[0].running + engines[1].running == 8)
+        moved = engines[0].running
+        pool.update({"r1": urls[1]})
+        replies = await asyncio.gather(*asked)
+        assert [view.name for view in pool.replicas()] == ["r1"]
+    assert moved > 0
+    assert engines[1].resumed == moved
+    for number, reply in enumerate(replies):
+        assert (text_of(reply), count_of(reply)) == (reply_to(f"{number}"), 12)
+
+
+async def test_sequences_stay_on_a_replica_that_is_to_stop_while_there_is_no_other(live: Live) -> None:
+    engine = NullEngine(tokens_per_second=20)
+    async with pool_of(live(engine)) as pool:
+        asked = asyncio.create_task(read(pool))
+        await until(lambda: engine.running == 1)
+        pool.update({})
+        assert text_of(await asked) == reply_to()
+        assert (engine.resumed, pool.replicas()) == (0, [])
+
+
+async def test_a_new_replica_gets_a_few_requests_first(live: Live) -> None:
+    engine = NullEngine(tokens_per_second=1)
+    async with pool_of(slow_start_s=600, canary_deadline_s=5) as pool:
+        asked = [asyncio.create_task(read(pool, asking(f"{n}"))) for n in range(40)]
+        await until(lambda: pool.waiting == 40)
+        pool.update({"new": live(engine)})
+        await until(lambda: engine.running >= 8)
+        await asyncio.sleep(0.5)
+        assert engine.running < 16
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+async def test_capacity_is_what_the_replicas_hold_together(live: Live) -> None:
+    told: list[Capacity] = []
+    urls = [live(NullEngine()), live(NullEngine())]
+    async with pool_of() as pool:
+        pool.on_capacity = told.append
+        pool.update({"a": urls[0]})
+        await until(lambda: len(pool.up()) == 1)
+        pool.update({"a": urls[0], "b": urls[1]})
+        await until(lambda: len(pool.up()) == 2)
+        pool.update({"b": urls[1]})
+        pool.update({})
+    assert [capacity.tokens for capacity in told if capacity.tokens] == [65536, 131072, 65536]
+    assert told[-1].tokens is None  # who comes now waits in the pool
+
+
+async def test_the_replicas_key_goes_to_them(live: Live) -> None:
+    replica = Answers(streaming(event({"text": "a", "finish_reason": "stop"})))
+    async with pool_of(live(replica), key="secret") as pool:
+        await read(pool)
+    assert {headers[b"authorization"] for headers in replica.headers} == {b"Bearer secret"}
+
+
+async def test_each_attempt_is_told_of_and_has_an_id_of_its_own(live: Live) -> None:
+    engines = [Answers(breaks), Answers(streaming(event({"text": "a", "finish_reason": "stop"})))]
+    asked: list[str] = []
+
+    def on_attempt(replica: str) -> dict[str, str]:
+        asked.append(replica)
+        return {"traceparent": f"00-{len(asked)}"}
+
+    async with pool_of(*map(live, engines), routing="round_robin") as pool:
+        for _ in range(2):
+            generation = asking()
+            object.__setattr__(generation, "on_attempt", on_attempt)
+            assert text_of(await read(pool, generation)) == "a"
+    assert len(asked) == 3
+    sent = [headers for engine in engines for headers in engine.headers if b"traceparent" in headers]
+    assert {headers[b"x-request-id"] for headers in sent} == {b"id-hi", b"id-hi-2"}
