@@ -2,9 +2,10 @@
 
 The vocabulary, which `null_tokenizer` writes as a real tokenizer for whoever is in front of a null engine:
 
-    0 to 2          <unk>, <s> (BOS), </s> (EOS)
-    3 to 258        the bytes: all that prompts are made of
-    259 to 16642    the words " 0000" to " 3fff": all that replies are made of, and never prompts
+    0 to 2            <unk>, <s> (BOS), </s> (EOS)
+    3 to 258          the bytes: all that prompts are made of which came as text
+    259 to 31999      "<259>" to "<31999>": what prompts that came as ids may have besides, as `load.prompts` draws them
+    32000 to 48383    the words " 0000" to " 3fff": all that replies are made of, and never prompts
 
 A reply is a walk through the words: it starts at a word and goes in steps which are functions of the prompt's ids. The
 steps are odd and the words are a power of two, so no token comes again before all words were there. So whoever reads a
@@ -23,7 +24,8 @@ from synthia_vllm.prompt import render
 UNK, BOS, EOS = 0, 1, 2
 SPECIAL = ("<unk>", "<s>", "</s>")  # texts of the first ids
 FIRST_OF_BYTES = len(SPECIAL)
-FIRST_OF_REPLIES = FIRST_OF_BYTES + 256
+FIRST_OF_OTHERS = FIRST_OF_BYTES + 256
+FIRST_OF_REPLIES = 32_000
 WORDS = tuple(f" {number:04x}" for number in range(1 << 14))
 WORD_LENGTH = len(WORDS[0])
 VOCABULARY = FIRST_OF_REPLIES + len(WORDS)
@@ -110,12 +112,19 @@ def prompt_ids(text: str, *, bos: bool = True) -> list[int]:
     return found
 
 
+def other_text(token: int) -> str:
+    """The text of an id that is neither a byte nor a word."""
+    return f"<{token}>"
+
+
 def text_of(ids: Sequence[int]) -> str:
     """The text of prompt and reply, without special tokens."""
     pieces = []
     for token in ids:
-        if FIRST_OF_BYTES <= token < FIRST_OF_REPLIES:
+        if FIRST_OF_BYTES <= token < FIRST_OF_OTHERS:
             pieces.append(bytes((token - FIRST_OF_BYTES,)))
+        elif FIRST_OF_OTHERS <= token < FIRST_OF_REPLIES:
+            pieces.append(other_text(token).encode())
         elif FIRST_OF_REPLIES <= token < VOCABULARY:
             pieces.append(WORDS[token - FIRST_OF_REPLIES].encode())
     return b"".join(pieces).decode("utf-8", "replace")

@@ -5,9 +5,11 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.load.prompts import LAST_ID
 from benchmarks.null_tokenizer import null_tokenizer, write
 from benchmarks.null_tokens import (
     BOS,
+    FIRST_OF_OTHERS,
     FIRST_OF_REPLIES,
     VOCABULARY,
     WORDS,
@@ -50,9 +52,14 @@ def test_any_text_becomes_the_ids_that_the_engine_knows_and_comes_back(text: str
     ids = prompt_ids(text)
     assert tokenizer.encode_with_bos(text) == ids
     assert tokenizer.encode(text) == ids[1:]
-    assert max(ids) < FIRST_OF_REPLIES
+    assert max(ids) < FIRST_OF_OTHERS
     assert tokenizer.decode(ids[1:], skip_special_tokens=False) == text
     assert text_of(ids) == tokenizer.decode(ids)
+
+
+def test_ids_that_no_text_has_are_in_the_vocabulary() -> None:
+    ids = [100, FIRST_OF_OTHERS, 1000, LAST_ID, FIRST_OF_REPLIES - 1, FIRST_OF_REPLIES]
+    assert text_of(ids) == null_tokenizer().decode(ids) == "a<259><1000><30000><31999> 0000"
 
 
 def test_special_tokens_in_a_text_are_what_they_say() -> None:

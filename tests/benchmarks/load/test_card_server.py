@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,6 +27,13 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Job]]:
     return found
 
 
+@contextmanager
+def card() -> Iterator[int]:
+    app = application(None)
+    with serving(app, beside=app.router.lifespan_context(app)) as port:
+        yield port
+
+
 async def ask(port: int, way: str, count: int, **options: Any) -> list[Request]:
     async with Client(Target(f"http://127.0.0.1:{port}/{way}", "card"), **options) as client:
         calls = (Call(4 + number, prompt=[1000 + number] * 8) for number in range(count))
@@ -34,7 +43,7 @@ async def ask(port: int, way: str, count: int, **options: Any) -> list[Request]:
 
 @pytest.mark.parametrize(("way", "sizes"), [("single", [1, 1, 1]), ("batched", [3])])
 async def test_one_at_a_time_or_all_that_wait(batches: list[list[Job]], way: str, sizes: list[int]) -> None:
-    with serving(application(None)) as port:
+    with card() as port:
         found = await ask(port, way, 3)
     assert [request.error for request in found] == [None] * 3
     assert [request.seen_tokens for request in found] == [4, 5, 6]
@@ -43,7 +52,7 @@ async def test_one_at_a_time_or_all_that_wait(batches: list[list[Job]], way: str
 
 
 async def test_who_left_is_not_served(batches: list[list[Job]]) -> None:
-    with serving(application(None)) as port:
+    with card() as port:
         leaving = asyncio.create_task(ask(port, "single", 3))
         await asyncio.sleep(0.05)
         leaving.cancel()
@@ -60,7 +69,7 @@ async def test_the_cards_sampling_is_asked_for_and_else_greedy() -> None:
 
 
 async def test_text_is_refused() -> None:
-    with serving(application(None)) as port:
+    with card() as port:
         async with Client(Target(f"http://127.0.0.1:{port}/single", "card")) as client:
             found = await client.send(Call(4, prompt="text"), start=time.perf_counter(), due_s=0.0)
     assert found.error == "http 400"
