@@ -90,7 +90,8 @@ async def ask(session: aiohttp.ClientSession, url: str, route: str, body: dict[s
 
 
 def told(route: str, objects: list[dict[str, Any]]) -> tuple[Any, ...]:
-    text, end, usage = "", None, {}
+    text, end = "", None
+    usage: dict[str, Any] = {}
     for one in objects:
         if route in APIS[:2]:
             for choice in one["choices"]:
