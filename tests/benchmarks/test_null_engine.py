@@ -70,10 +70,11 @@ def _post(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
 
 
 @pytest.mark.e2e
-async def test_the_real_engines_chunks_have_the_same_fields(server: Any, client: httpx.Client) -> None:
+async def test_the_real_engines_chunks_have_the_same_fields(server: Any) -> None:
     body = {"model": "synthia", "messages": MESSAGES, "max_tokens": 3, "stream": True}
     body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-    real = [json.loads(event) for event in events(await asyncio.to_thread(_post, client, body))]
+    with httpx.Client(base_url=server.vllm, timeout=120) as vllm:
+        real = [json.loads(event) for event in events(await asyncio.to_thread(_post, vllm, body))]
     null = [json.loads(event) for event in events(await ask("/v1/chat/completions", **body))]
     tokens = [
         [chunk for chunk in chunks if chunk["choices"] and chunk["usage"]["completion_tokens"]]

@@ -23,17 +23,15 @@ SHORT = Span(8, 8)
 
 
 class Noting(NullEngine):
-    """Keeps the bodies that it was sent."""
+    """Knows the most requests that it had at once."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.bodies: list[dict[str, Any]] = []
         self.most = 0
 
-    async def _begin(self, request: dict[str, Any], *rest: Any) -> None:
-        self.bodies.append(request)
+    async def _begin(self, *request: Any) -> None:
         self.most = max(self.most, self.running + 1)
-        await super()._begin(request, *rest)
+        await super()._begin(*request)
 
 
 async def run(engine: NullEngine, workload: Workload, terms: Terms | None = None, **target: Any) -> Measurement:
@@ -47,7 +45,7 @@ async def test_a_closed_loop_keeps_so_many_requests_open() -> None:
     found = await run(engine, ClosedLoop(4, 10, SHORT, SHORT))
     assert len(found.requests) == 10
     assert engine.most == 4
-    assert all(len(body["prompt"]) == 8 for body in engine.bodies)
+    assert all(len(body["prompt"]) == 8 for body in engine.asked)
     assert found.duration_s >= max(request.done_s for request in found.requests)
 
 
@@ -61,7 +59,7 @@ async def test_the_same_seed_sends_the_same_and_a_salt_other_prompts_at_the_same
     workload = OpenLoop(200, 0.1, Span(4, 40), SHORT)
     engines = [Noting(), Noting(), Noting()]
     found = [await run(engine, workload, salt=salt) for engine, salt in zip(engines, ("", "", "/x"), strict=True)]
-    prompts = [sorted(body["prompt"] for body in engine.bodies) for engine in engines]
+    prompts = [sorted(body["prompt"] for body in engine.asked) for engine in engines]
     assert prompts[0] == prompts[1] != prompts[2]
     moments = [[request.due_s for request in one.requests] for one in found]
     assert sorted(moments[0]) == sorted(moments[1]) == sorted(moments[2])
@@ -84,10 +82,10 @@ async def test_a_conversation_grows_in_the_synthia_format(chat: bool) -> None:
     found = await run(engine, Conversations(1, 3, 0.01, 5, SHORT), chat=chat)
     assert len(found.requests) == 3
     if chat:
-        assert [len(body["messages"]) for body in engine.bodies] == [2, 4, 6]
-        assert engine.bodies[2]["messages"][:4] == [*engine.bodies[1]["messages"]]
+        assert [len(body["messages"]) for body in engine.asked] == [2, 4, 6]
+        assert engine.asked[2]["messages"][:4] == [*engine.asked[1]["messages"]]
     else:
-        prompts = [body["prompt"] for body in engine.bodies]
+        prompts = [body["prompt"] for body in engine.asked]
         assert all(prompt.endswith("\nASSISTANT:") for prompt in prompts)
         assert prompts[1].startswith(prompts[0])
         assert prompts[2].startswith(prompts[1])
@@ -109,7 +107,7 @@ async def test_a_trace_is_sent_at_its_moments() -> None:
     found = await run(engine, Trace("t", rows, speed=2))
     assert [request.due_s for request in found.requests] == [0, 0.2]
     assert [request.user for request in found.requests] == ["a", ""]
-    assert [len(body["prompt"]) for body in engine.bodies] == [3, 4]
+    assert [len(body["prompt"]) for body in engine.asked] == [3, 4]
     assert found.requests[1].sent_s >= 0.2
 
 
