@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from tests.otlp_collector import Collector
+
+# Tests never check time: a machine that is busy makes no test fail.
+hypothesis.settings.register_profile("synthia", deadline=None)
+hypothesis.settings.load_profile("synthia")
 
 pytest_plugins = [
     "tests.chromium_service",

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from synthia_vllm.api.base import MAX_N, MAX_STOP_CHARACTERS, MAX_TOKENS, Model, check_depth
-from synthia_vllm.engine.grammar import check_grammar
+from synthia_vllm.engine.grammar import check_grammar, with_grammar_for_choice
 from synthia_vllm.engine.port import Sampling
 from synthia_vllm.errors import ContextTooLong, RequestError
 from synthia_vllm.prompt import MAX_CLIENT_STOPS, SAMPLING_DEFAULTS, STOP_STRINGS
@@ -271,6 +271,8 @@ def structured_outputs(
         raise RequestError(f"{param} takes exactly one kind of constraint, {told}", param=param)
     check_schema(fields, param)
     check_grammar(fields, param=param)
+    if "choice" in fields:
+        fields = with_grammar_for_choice(fields)
     return fields
 
 

@@ -47,6 +47,27 @@ def check_grammar(given: Mapping[str, Any], *, param: str = "structured_outputs"
         raise RequestError(f"{param}: {refused}", param=param) from None
 
 
+def with_grammar_for_choice(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields, with choices that hold control characters as a grammar.
+
+    vLLM 0.29 makes a grammar of choices itself, and leaves their newlines as they are, which xgrammar can't read.
+    """
+    choices = fields["choice"]
+    if all(character.isprintable() for text in choices for character in text):
+        return dict(fields)
+    literals = (f'"{"".join(map(_escaped, text))}"' for text in choices)
+    return {name: value for name, value in fields.items() if name != "choice"} | {
+        "grammar": f"root ::= {' | '.join(literals)}"
+    }
+
+
+def _escaped(character: str) -> str:
+    """As it stands in a literal of xgrammar's EBNF."""
+    if character in '"\\':
+        return f"\\{character}"
+    return character if character.isprintable() else f"\\U{ord(character):08x}"
+
+
 class _Refused(Exception):
     """Why, as the client is told it."""
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synthia_vllm.engine.grammar import check_grammar, unroll
+from synthia_vllm.engine.grammar import check_grammar, unroll, with_grammar_for_choice
 from synthia_vllm.errors import RequestError
 
 
@@ -143,3 +143,15 @@ def test_any_pattern_is_sized(pattern: str) -> None:
     items, largest = unroll(pattern)
     assert 0 <= items <= 10**9
     assert largest >= 0
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=5))
+def test_choices_with_control_characters_become_a_grammar_that_can_be_read(choices: list[str]) -> None:
+    from xgrammar import Grammar
+
+    fields = with_grammar_for_choice({"choice": choices, "disable_any_whitespace": True})
+    if all(text.isprintable() for text in choices):
+        assert fields["choice"] == choices
+    else:
+        assert "choice" not in fields
+        Grammar.from_ebnf(fields["grammar"])  # raises where it can't be read
