@@ -155,7 +155,8 @@ async def test_promtool_finds_nothing_to_say_about_our_series(load: Load) -> Non
     await load.ask("nobody")
     page = (await load.get("/metrics")).text
     done = promtool("check", "metrics", stdin=page)
-    assert (done.returncode, done.stderr + done.stdout) == (0, "")
+    # vLLM's own, which are there where a test of this process has met vLLM, it would name otherwise.
+    assert [line for line in (done.stderr + done.stdout).splitlines() if not line.startswith("vllm:")] == []
 
 
 async def test_the_page_is_the_operators(load: Load) -> None:
