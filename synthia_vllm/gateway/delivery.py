@@ -57,7 +57,7 @@ class Delivery:
         try:
             while not reader.done():
                 if not (streamed and self._chunks) and not gone.done():
-                    # A bare future: asyncio's Event takes three times as long, for each token of each stream.
+                    # A bare future: waiting on asyncio's Event was a tenth of what a streamed token cost here.
                     self._nap = loop.create_future()
                     await self._nap
                 if gone.done() and not reader.done():
