@@ -7,7 +7,6 @@ writes the URL of vLLM's routes to FILE when they answer.
 
 import asyncio
 import contextlib
-import inspect
 import socket
 import sys
 from collections.abc import AsyncGenerator
@@ -17,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from synthia_vllm.cli.serve import serve
-from synthia_vllm.engine.tokenizer import Tokenizer
+from synthia_vllm.engine.server import tokenizer_of
 from synthia_vllm.engine.vllm_seams import find
 from synthia_vllm.settings import load_settings
 
@@ -28,9 +27,7 @@ def vllms_routes(file: Path) -> Any:
     @contextlib.asynccontextmanager
     async def beside(llm: Any, args: Any) -> AsyncGenerator[None, None]:
         tasks = await llm.get_supported_tasks()
-        found = llm.get_tokenizer()
-        tokenizer = await found if inspect.isawaitable(found) else found
-        args.default_chat_template_kwargs = {"bos_lead": Tokenizer.of(tokenizer).lead}
+        args.default_chat_template_kwargs = {"bos_lead": (await tokenizer_of(llm)).lead}
         app = find("build_app")(args, tasks, llm.model_config)
         await find("init_app_state")(llm, app.state, args, tasks)
         sock = socket.socket()

@@ -76,11 +76,16 @@ async def running_engine(args: Any) -> AsyncGenerator[Any, None]:
 
 async def local_engine(llm: Any, args: Any) -> LocalEngine:
     """The port over a running AsyncLLM, under the names that vLLM was told."""
-    found = llm.get_tokenizer()
-    tokenizer = Tokenizer.of(await found if inspect.isawaitable(found) else found)
+    tokenizer = await tokenizer_of(llm)
     # vLLM lets a token through that is one too high, and the worker ends on it.
     tokenizer.size = min(tokenizer.size, llm.model_config.get_vocab_size())
     return LocalEngine(llm, tokenizer, args.served_model_name or [args.model])
+
+
+async def tokenizer_of(llm: Any) -> Tokenizer:
+    """A copy of a running engine's tokenizer."""
+    found = llm.get_tokenizer()
+    return Tokenizer.of(await found if inspect.isawaitable(found) else found)
 
 
 def parse_arguments(arguments: list[str]) -> Any:

@@ -15,7 +15,6 @@ from typing import Any
 FITTING: Mapping[str, str] = {"2.13": "0.29.0", "2.11": "0.25.1"}
 _NEW, _OLD = "vllm.entrypoints.launchers", "vllm.entrypoints.openai"
 _PLACES: Mapping[str, tuple[str, str]] = {
-    "build_async_engine_client": (f"{_NEW}.api_server.entry", f"{_OLD}.api_server"),
     "build_app": (f"{_NEW}.app", f"{_OLD}.api_server"),
     "init_app_state": (f"{_NEW}.api_server.app_state", f"{_OLD}.api_server"),
     "make_arg_parser": (f"{_NEW}.cli_args", f"{_OLD}.cli_args"),

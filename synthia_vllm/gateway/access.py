@@ -16,9 +16,9 @@ from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.delivery import ClientLeft
 from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, read_body
 from synthia_vllm.gateway.edge.replies import send_error, send_json
+from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
-ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
 # Told without a key: probes have none.
 _PUBLIC = ("/health", "/ready")
 # Tells of all users: the operator's.

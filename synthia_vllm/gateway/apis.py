@@ -30,8 +30,8 @@ MODELS = "/v1/models"
 # Bodies from this size on are read, rendered and tokenized in a thread: the event loop is everybody's.
 _LONG_BODY = 16 * 1024
 
-# Told of each time that an engine is asked: the replica, and for which of the sequences. Gives the trace headers.
 T = TypeVar("T")
+# Told of each time that an engine is asked: the replica, and for which of the sequences. Gives the trace headers.
 Attempt = Callable[[Exchange, str, int], Mapping[str, str]]
 
 

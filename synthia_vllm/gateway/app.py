@@ -9,11 +9,11 @@ from starlette.types import ASGIApp
 
 from synthia_vllm.engine.port import Capacity, Engine
 from synthia_vllm.errors import SetupError
-from synthia_vllm.gateway.access import ADMIN_PREFIX, Access
+from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account, UserLimits
 from synthia_vllm.gateway.admin import build_admin
 from synthia_vllm.gateway.apis import ANSWERING, GENERATING, MODELS, Apis
-from synthia_vllm.gateway.edge.routes import Routes
+from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX, Routes
 from synthia_vllm.gateway.fair.layer import FairQueue
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from synthia_vllm.gateway.limits.base import Limiter

@@ -23,7 +23,6 @@ def test_version_is_the_one_that_was_checked() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("build_async_engine_client", ["args"]),
         ("build_app", ["args", "supported_tasks", "model_config"]),
         ("init_app_state", ["engine_client", "state", "args"]),
         ("make_arg_parser", ["parser"]),
