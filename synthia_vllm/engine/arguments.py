@@ -84,6 +84,9 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         arguments += ["--max-model-len", str(settings.engine.max_model_len)]
     environment = {
         ENGINE_VARIABLE: "1",
+        # As vLLM's own server does. Forked, which is vLLM's default on a GPU, an engine would start amid this process's
+        # threads, keep its listening socket, and load no plugin: nothing would tie it to the server.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_MAX_STOP_STRINGS": str(len(STOP_STRINGS) + MAX_CLIENT_STOPS),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",

@@ -54,6 +54,13 @@ def test_gpus_share_the_model_as_far_as_its_heads_divide(tmp_path: Path) -> None
     assert "LD_PRELOAD" not in plan.environment
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_engine_is_started_afresh_so_that_it_loads_our_plugin(tmp_path: Path, gpus: int) -> None:
+    gpu = Gpu("GPU", 80 * GIB, 80 * GIB)
+    plan = plan_engine(settings(tmp_path), Machine(8, 64 * GIB, 64 * GIB, (gpu,) * gpus))
+    assert plan.environment["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # forked, it would keep `plugins_loaded`
+
+
 def test_vllms_own_options_come_last_and_win(tmp_path: Path) -> None:
     assert plan_engine(settings(tmp_path), machine(24), ["--dtype", "float32"]).arguments[-2:] == ["--dtype", "float32"]
 

@@ -16,7 +16,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_servers_that_share_a_gpu_share_what_the_weights_leave(bench: Bench) -> None:
     weights = sum(file.stat().st_size for file in bench.model.glob("*.safetensors"))
     pair = kv_gib(bench, (OURS, VLLM))
-    assert pair == pytest.approx((0.9 * 141 * GIB - 2 * weights - 4 * GIB) / 2 / GIB, abs=0.01)
+    assert pair == pytest.approx((0.95 * 141 * GIB - 2 * weights - 8 * GIB) / 2 / GIB, abs=0.01)
+    assert kv_gib(bench, (OURS, VLLM), most=3.0) == 3.0
+    assert kv_gib(bench, (OURS, VLLM), taken=40.0 * GIB) == pytest.approx(pair - 20, abs=0.01)
     assert kv_gib(bench, (OURS_FP8, VLLM_FP8)) >= pair
 
 
