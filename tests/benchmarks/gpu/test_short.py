@@ -48,7 +48,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(make_model(TINY, tmp_path_factory.mktemp("model")), Machine(16, 128 * GIB, 100 * GIB, (GPU,)))
 
 
-def run(bench: Bench, monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[list[str], list[list[str]]]:
+def run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, seconds: float, stages: Sequence[str] = short.STAGES
+) -> tuple[list[str], list[list[str]]]:
     loads: list[list[str]] = []
 
     async def closed_loops(servers: list[Up], parts: Sequence[Any], number: int, *_: Any) -> None:
@@ -60,7 +62,14 @@ def run(bench: Bench, monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[
     until = time.monotonic() + seconds
     recorder: Any = NoRecorder()
     short.measure_within(
-        bench, Loads(short.STREAMS), recorder, Path(), lambda text: None, until, lambda: done.append(len(loads))
+        bench,
+        Loads(short.STREAMS),
+        recorder,
+        Path(),
+        lambda text: None,
+        until,
+        lambda: done.append(len(loads)),
+        stages,
     )
     assert done == list(range(1, len(loads) + 1))
     return NoFleet.told, loads
@@ -74,6 +83,14 @@ def test_the_pair_comes_first_and_ours_stays_until_the_end(bench: Bench, monkeyp
         ["64 ours card-batched", "1 ours card", "64 card"],
         ["64", "1"],
     ]
+
+
+def test_a_stage_that_had_no_time_can_be_run_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, loads = run(bench, monkeypatch, 1000, ["fp8"])
+    assert told == ["+ ours ours-fp8 vllm-fp8", "end"]
+    assert loads == [["64", "1"]]
+    told, loads = run(bench, monkeypatch, 1000, ["card", "fp8"])
+    assert told == ["+ ours card card-batched", "- card", "+ ours-fp8 vllm-fp8", "end"]
 
 
 @pytest.mark.parametrize(("seconds", "stages"), [(100, 2), (10, 1)])
