@@ -15,7 +15,7 @@ from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.delivery import ClientLeft
 from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, read_body
-from synthia_vllm.gateway.edge.replies import send_error, send_json
+from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, send_error, send_json
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
@@ -128,7 +128,8 @@ class Access:
             exchange.body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
             if exchange.body is None:
                 raise ClientLeft
-        return await self.apis.answer(exchange, headers, receive, reply)
+        unbounded = UNBOUNDED_SEND in scope.get("extensions", ())
+        return await self.apis.answer(exchange, headers, receive, reply, unbounded=unbounded)
 
     async def _administer(self, admin: ASGIApp, scope: Scope, receive: Receive, reply: "RecordedReply") -> bool:
         body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)

@@ -54,11 +54,19 @@ class Apis:
         self._on_attempt = on_attempt
         self._generating = {api.path: api for api in GENERATING}
         self._answering = {api.path: api for api in ANSWERING}
-        self._model: Model | None = None
+        self._told = False  # an engine has told what it serves
         self._started = int(time.time())
 
-    async def answer(self, exchange: Exchange, headers: Mapping[bytes, bytes], receive: Receive, send: Send) -> bool:
-        """True where the whole reply went out; False where it broke off in a stream."""
+    async def answer(
+        self,
+        exchange: Exchange,
+        headers: Mapping[bytes, bytes],
+        receive: Receive,
+        send: Send,
+        *,
+        unbounded: bool = False,
+    ) -> bool:
+        """True where the whole reply went out; False where it broke off in a stream. `unbounded`: as Delivery has it."""
         route = exchange.route
         if exchange.method != "POST":
             await self._tell_models(exchange, send)
@@ -68,27 +76,35 @@ class Apis:
             body = await self._answer(api, exchange)
             await send_json(200, body, send)
             return True
-        return await self._generate(self._generating[route], exchange, headers, receive, send)
+        generating = self._generating[route]
+        return await self._generate(generating, exchange, headers, receive, send, unbounded=unbounded)
 
     async def _answer(self, api: AnsweringApi, exchange: Exchange) -> bytes:
         model = await self._known_model()
 
         def work() -> bytes:
             request = api.decode(exchange.body or b"")
-            self._check_model(exchange, api.model_of(request), model)
+            self._check_model(exchange, request.model, model)
             return api.answer(request, model)
 
         return await _run(work, exchange.body or b"")
 
     async def _generate(
-        self, api: GeneratingApi, exchange: Exchange, headers: Mapping[bytes, bytes], receive: Receive, send: Send
+        self,
+        api: GeneratingApi,
+        exchange: Exchange,
+        headers: Mapping[bytes, bytes],
+        receive: Receive,
+        send: Send,
+        *,
+        unbounded: bool,
     ) -> bool:
         queue_timeout = _seconds(headers.get(b"x-queue-timeout-s"))
         any_name = False
         try:
             model = await self._known_model()
         except UpstreamLost:
-            if self._model is not None:
+            if self._told:
                 raise
             # No engine has told yet what it serves: whoever waits for one waits below. It has the last word.
             model, any_name = self._model_of(tuple(MODEL_ALIASES)), True
@@ -107,7 +123,7 @@ class Apis:
 
         def work() -> Prepared:
             request = api.decode(exchange.body or b"")
-            self._check_model(exchange, api.model_of(request), model, any_name=any_name)
+            self._check_model(exchange, request.model, model, any_name=any_name)
             prepared = api.prepare(request, model, asker)
             if len(prepared.sequences) > 1:
                 prepared.sequences = [
@@ -120,7 +136,7 @@ class Apis:
         exchange.usage.prompt = prepared.prompt_tokens
         request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout)
         exchange.request = request
-        delivery = Delivery(exchange, request, self.layer, self._observers)
+        delivery = Delivery(exchange, request, self.layer, self._observers, unbounded=unbounded)
         await delivery.run(receive, send)
         return not delivery.failed
 
@@ -138,17 +154,9 @@ class Apis:
         raise NotFound(exchange.route) if not wanted else ModelNotFound(wanted, [one["id"] for one in found])
 
     async def _known_model(self) -> Model:
-        engine, known = self.engine, self._model
-        own = await engine.models()
-        names = (*own, *(alias for alias in MODEL_ALIASES if alias not in own))
-        if (
-            known is None
-            or known.names != names
-            or known.tokenizer is not engine.tokenizer
-            or known.context != engine.context
-        ):
-            known = self._model = self._model_of(names)
-        return known
+        own = await self.engine.models()
+        self._told = True
+        return self._model_of((*own, *(alias for alias in MODEL_ALIASES if alias not in own)))
 
     def _model_of(self, names: Sequence[str]) -> Model:
         return Model(
@@ -160,7 +168,7 @@ class Apis:
             role_markers=self._prompt.role_markers,
         )
 
-    def _check_model(self, exchange: Exchange, asked: str, model: Model, *, any_name: bool = False) -> None:
+    def _check_model(self, exchange: Exchange, asked: str | None, model: Model, *, any_name: bool = False) -> None:
         exchange.model = asked or model.names[0]
         allowed = exchange.account.models
         if allowed is not None and exchange.model not in allowed:

@@ -1,4 +1,4 @@
-"""Brings a reply to its client: one task reads the engine, another writes to the socket.
+"""Brings a reply to its client: a task reads the engine and makes bytes, which are sent apart from it.
 
 A client that does not read holds memory, bounded by its own reply, and no place in the engine.
 """
@@ -32,9 +32,20 @@ class Delivery:
 
     A stream's status goes out with its first bytes: what is refused before has a status of its own. `failed` tells that
     an error ended a stream whose status was out.
+
+    `unbounded`: the server's `send` never waits. Then the event loop sends, at the end of each of its turns, what that
+    turn has made, and no task has to wake for it: a twentieth of what a streamed token costs.
     """
 
-    def __init__(self, exchange: Exchange, request: Request, layer: Layer, observers: Sequence[Observer]) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        request: Request,
+        layer: Layer,
+        observers: Sequence[Observer],
+        *,
+        unbounded: bool = False,
+    ) -> None:
         self.failed = False
         self._exchange = exchange
         self._request = request
@@ -46,28 +57,34 @@ class Delivery:
         self._new_tokens = 0
         self._started = False  # a status went out
         self._nap: asyncio.Future[None] | None = None  # of the writer, while it has nothing to do
+        self._unbounded = unbounded and request.prepared.streamed
+        self._due = False  # the loop will send when this turn is over
+        self._loop = asyncio.get_running_loop()
+        self._send: Send
+        self._reader: asyncio.Task[None]
 
     async def run(self, receive: Receive, send: Send) -> None:
         """Raises what refused the request, as long as no status is out, and ClientLeft."""
-        loop, streamed = asyncio.get_running_loop(), self._request.prepared.streamed
-        reader = asyncio.create_task(self._read())
+        streamed = self._request.prepared.streamed
+        self._send = send
+        reader = self._reader = asyncio.create_task(self._read())
         gone = asyncio.create_task(_left(receive))
         for task in (reader, gone):
             task.add_done_callback(lambda _: self._wake())
         try:
-            while not reader.done():
-                if not (streamed and self._chunks) and not gone.done():
+            while not reader.done() and not gone.done():
+                if streamed and self._chunks and not self._unbounded:
+                    await self._flush()
+                else:
                     # A bare future: waiting on asyncio's Event was a tenth of what a streamed token cost here.
-                    self._nap = loop.create_future()
+                    self._nap = self._loop.create_future()
                     await self._nap
-                if gone.done() and not reader.done():
-                    raise ClientLeft
-                if streamed and self._chunks and not reader.done():
-                    await self._flush(send)
+            if not reader.done():
+                raise ClientLeft
             self._raise_or_tell(reader)
             if gone.done():
                 raise ClientLeft
-            await self._end(send)
+            await self._end()
         finally:
             gone.cancel()
             reader.cancel()
@@ -98,8 +115,7 @@ class Delivery:
                     chunk = reply.feed(delta, counts)
                 if chunk:
                     self._new_chunks += 1
-                    self._chunks.append(chunk)
-                    self._wake()
+                    self._put(chunk)
         counts.prompt, counts.cached, counts.generated = usage.prompt, usage.cached, usage.generated
         if not begun:
             self._put(reply.start(counts))
@@ -109,9 +125,14 @@ class Delivery:
             self._chunks.append(reply.end(counts))
 
     def _put(self, chunk: bytes) -> None:
-        if chunk:
-            self._chunks.append(chunk)
+        if not chunk:
+            return
+        self._chunks.append(chunk)
+        if not self._unbounded:
             self._wake()
+        elif not self._due:
+            self._due = True
+            self._loop.call_soon(self._flush_at_once)
 
     def _wake(self) -> None:
         if self._nap is not None and not self._nap.done():
@@ -132,7 +153,23 @@ class Delivery:
             self._exchange.reason = "internal"
         self._chunks.append(self._reply.error(error if isinstance(error, SynthiaError) else SynthiaError()))
 
-    async def _flush(self, send: Send, *, last: bool = False) -> None:
+    def _flush_at_once(self) -> None:
+        self._due = False
+        if self._reader.done():
+            return  # what it made last goes out with the end
+        try:
+            self._flush().send(None)
+        except StopIteration:
+            return
+        except Exception as error:
+            failed = error
+        else:
+            failed = RuntimeError("the server's `send` waits, although it said that it never does")
+        if self._nap is not None and not self._nap.done():
+            self._nap.set_exception(failed)
+
+    async def _flush(self, *, last: bool = False) -> None:
+        send = self._send
         chunks, tokens = self._new_chunks, self._new_tokens
         body = b"".join(self._chunks) if len(self._chunks) > 1 else self._chunks[0]
         self._chunks.clear()
@@ -148,9 +185,10 @@ class Delivery:
             for observer in self._observers:
                 observer.sent(self._exchange, chunks, tokens)
 
-    async def _end(self, send: Send) -> None:
+    async def _end(self) -> None:
+        send = self._send
         if self._request.prepared.streamed:
-            await self._flush(send, last=True)
+            await self._flush(last=True)
             return
         body = b"".join(self._chunks)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

@@ -9,6 +9,8 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message
 
+from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND
+
 
 @dataclass
 class Answer:
@@ -80,6 +82,6 @@ async def ask(
                 on_token()  # type: ignore[misc]
 
     pairs = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": pairs}
+    scope = {"type": "http", "method": method, "path": path, "headers": pairs, "extensions": {UNBOUNDED_SEND: {}}}
     await app(scope, receive, send)
     return answer

@@ -1,20 +1,22 @@
 """A reply on its way from the engine to its client."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
 from starlette.types import Message
 
 from benchmarks.null_port import NullEnginePort
-from synthia_vllm.engine.port import Delta
+from synthia_vllm.engine.port import Delta, Generation
 from synthia_vllm.errors import RequestError, UpstreamLost
 from synthia_vllm.gateway.delivery import ClientLeft, Delivery
 from synthia_vllm.gateway.meter import Meter
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
 from synthia_vllm.gateway.sequences import Sequences
 from tests.gateway.layers import Saying, make_exchange, make_request, settle, tokens, until
+
+UNBOUNDED = True
 
 
 class Client:
@@ -51,10 +53,17 @@ class Told(Observer):
         self.sent_ones.append((chunks, tokens))
 
 
+@pytest.fixture(params=[True, False], ids=["send never waits", "send may wait"], autouse=True)
+def unbounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of sending bring the same: that of our own server, and that of Serve's."""
+    monkeypatch.setattr("tests.gateway.test_delivery.UNBOUNDED", request.param)
+    return bool(request.param)
+
+
 def delivery(request: Request, engine: Any, observers: Sequence[Observer] = ()) -> tuple[Delivery, Exchange]:
     exchange = make_exchange(request)
     layer: Layer = Sequences(Meter(engine))
-    return Delivery(exchange, request, layer, observers), exchange
+    return Delivery(exchange, request, layer, observers, unbounded=UNBOUNDED), exchange
 
 
 async def deliver(engine: Any, client: Client | None = None, **asked: Any) -> tuple[Client, Delivery, Exchange]:
@@ -130,7 +139,9 @@ async def test_the_engine_stops_at_once_for_a_client_that_leaves(streamed: bool)
     assert exchange.usage.billed_generated == engine.generated > 0
 
 
-async def test_a_client_that_does_not_read_holds_no_place_in_the_engine() -> None:
+async def test_a_client_that_does_not_read_holds_no_place_in_the_engine(unbounded: bool) -> None:
+    if unbounded:
+        pytest.skip("our server keeps what is not read: tests/gateway/edge has that client")
     engine = NullEnginePort()
     client = Client()
     client.reads.clear()
@@ -143,6 +154,36 @@ async def test_a_client_that_does_not_read_holds_no_place_in_the_engine() -> Non
     await task
     assert client.body.startswith(b"<1| ")
     assert client.body.endswith(b"|500>")
+
+
+async def test_what_one_turn_of_the_loop_makes_goes_out_together() -> None:
+    class InOneTurn(Saying):
+        async def generate(self, generation: Generation) -> AsyncGenerator[Delta, None]:
+            for delta in tokens(*"abcd"):
+                yield delta
+            await asyncio.sleep(0.01)
+
+    client, _, _ = await deliver(InOneTurn())
+    assert client.body == b"<1|abcd|4>"
+    assert [message.get("body") for message in client.messages[1:]] == [b"<1|abcd", b"|4>"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not what follows"), None])
+async def test_a_server_that_refuses_to_send_ends_the_request(error: Exception | None, unbounded: bool) -> None:
+    class Broken(Client):
+        async def send(self, message: Message) -> None:
+            if error is not None:
+                raise error
+            await asyncio.sleep(0)
+
+    engine, client = NullEnginePort(tokens_per_second=50), Broken()
+    made, _ = delivery(make_request(most=5 if error is None else 1000), engine)
+    if error is None and not unbounded:
+        return await made.run(client.receive, client.send)
+    with pytest.raises(RuntimeError, match="what follows" if error else "waits"):
+        await made.run(client.receive, client.send)
+    assert engine.running == 0
+    return None
 
 
 async def test_observers_are_told_of_what_went_out_together() -> None:

@@ -23,11 +23,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from synthia_vllm.api.errors import form_of
 from synthia_vllm.errors import RequestError
 from synthia_vllm.gateway.edge.cycle import Cycle
+from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 128
 MAX_PIPELINED = 16  # requests that wait for a reply on one connection before no more is read from it
-UNBOUNDED_SEND = "synthia.unbounded_send"  # of the ASGI scope's extensions: `send` never waits for the client
 
 _WRITE_BUFFER_BYTES = 64 * 1024  # of finished replies, before the next request is begun
 _UNBOUNDED = 2**31 - 1  # the most that uvloop takes

@@ -9,6 +9,8 @@ from starlette.types import Message, Scope, Send
 from synthia_vllm.api.errors import ErrorForm
 from synthia_vllm.errors import RequestError, SynthiaError
 
+UNBOUNDED_SEND = "synthia.unbounded_send"  # of the ASGI scope's extensions: `send` never waits for the client
+
 
 async def send_json(status: int, value: Any, send: Send, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
     """Answers with a JSON value; `bytes` are taken for JSON that is encoded already."""

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import uvloop
 
-from synthia_vllm.gateway.edge.protocol import MAX_HEADERS, UNBOUNDED_SEND
+from synthia_vllm.gateway.edge.protocol import MAX_HEADERS
+from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND
 from synthia_vllm.settings import TimeoutSettings
 from tests.gateway.edge.echo import Echo
 from tests.gateway.live import exchange, serving
