@@ -22,6 +22,9 @@ QUESTION = "What is an orca, and what does it eat?"
 _TAIL = 1024  # bytes at the end of a stream, in which its usage is
 _END = b"data: [DONE]"
 _USAGE = re.compile(rb'"completion_tokens":\s?(\d+)')
+# Text that is more than white space, or, where engines speak tokens, any token: our contract leaves out white space at
+# the start of a reply, others send it.
+_FIRST = re.compile(rb'"(?:content|text)":\s?"(?:\\[nrt]|\s)*(?:[^"\\\s]|\\[^nrt])|"token_ids":\s?\[\d')
 _TIMEOUT_S = 600.0
 _FIRST_S = 90.0
 
@@ -57,7 +60,7 @@ def post(path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> byte
 class Stream(asyncio.Protocol):
     """One request on a connection of its own.
 
-    first   seconds to the first chunk with a token: in chats the second chunk, before it comes the role
+    first   seconds to the first text that is more than white space
     done    tokens, by its usage, once it has ended; StreamBroken where it breaks
     """
 
@@ -77,13 +80,15 @@ class Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.chunks += data.count(b"\ndata: ")
-        if self.chunks > 1 and not self.first.done():
+        if not self.first.done() and _FIRST.search(self._tail + data):
             self.first.set_result(time.perf_counter() - self._sent)
         tail = self._tail = (self._tail + data)[-_TAIL:]
         if _END in tail and not self.done.done():
             found = _USAGE.findall(tail)
             if found:
                 self.done.set_result(int(found[-1]))
+                if not self.first.done():  # it was white space throughout
+                    self.first.set_result(time.perf_counter() - self._sent)
             else:
                 self._break("it told no usage")
 

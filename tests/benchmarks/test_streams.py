@@ -9,7 +9,7 @@ import click
 import pytest
 
 from benchmarks.null_engine import NullEngine
-from benchmarks.streams import GENERATE, chat, first_tokens, for_seconds, load, post, processor_seconds
+from benchmarks.streams import GENERATE, Stream, chat, first_tokens, for_seconds, load, post, processor_seconds
 from tests.gateway.live import serving
 
 Respond = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -87,3 +87,22 @@ def test_processor_time_is_that_of_the_process() -> None:
     while time.process_time() < until:
         pass
     assert processor_seconds(os.getpid(), family=True) - before >= 0.05
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        (b'"delta":{"role":"assistant","content":""}', False),
+        (b'"content":"\\n\\n"', False),
+        (b'"text":" "', False),
+        (b'"content": " \\n An"', True),
+        (b'"content":"\\u00e9"', True),
+        (b'"content":"\\"x"', True),
+        (b'"token_ids":[5]', True),
+        (b'"token_ids":[]', False),
+    ],
+)
+async def test_white_space_that_others_send_is_no_first_token(sent: bytes, text: bool) -> None:
+    stream = Stream(b"")
+    stream.data_received(b'data: {"choices":[{' + sent + b"}]}\n\n")
+    assert stream.first.done() is text
