@@ -1,8 +1,6 @@
 """The outermost layer of ours behind the routes: who asks, and what came of it."""
 
 import asyncio
-import re
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from time import perf_counter
 
@@ -15,7 +13,7 @@ from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.delivery import ClientLeft
 from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, read_body
-from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, send_error, send_json
+from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, request_ids, send_error, send_json
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
@@ -24,7 +22,6 @@ _PUBLIC = ("/health", "/ready")
 # Tells of all users: the operator's.
 _OPERATORS = ("/metrics", "/sd")
 _LIVE = f"{ADMIN_PREFIX}live"
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _WANTED_HEADERS = (
     b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", b"x-session-id", *_TRACE_HEADERS,
@@ -200,12 +197,10 @@ class RecordedReply:
 
 
 def _new_exchange(scope: Scope, headers: dict[bytes, bytes]) -> Exchange:
-    unique = secrets.token_hex(8)
-    given = headers.get(b"x-request-id", b"")
-    name = given.decode() if _REQUEST_ID.fullmatch(given) else ""
+    unique, told = request_ids(headers.get(b"x-request-id", b""))
     return Exchange(
-        id=f"{name}-{unique}" if name else unique,
-        request_id=name or unique,
+        id=unique,
+        request_id=told,
         route=scope["path"],
         method=scope["method"],
         trace={key.decode(): headers[key].decode("latin-1") for key in _TRACE_HEADERS if key in headers},

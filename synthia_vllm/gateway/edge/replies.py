@@ -1,5 +1,7 @@
 """Small helpers of the edge: answering, reading a header."""
 
+import re
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +12,7 @@ from synthia_vllm.api.errors import ErrorForm
 from synthia_vllm.errors import RequestError, SynthiaError
 
 UNBOUNDED_SEND = "synthia.unbounded_send"  # of the ASGI scope's extensions: `send` never waits for the client
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 async def send_json(status: int, value: Any, send: Send, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
@@ -23,7 +26,16 @@ async def send_json(status: int, value: Any, send: Send, headers: Iterable[tuple
 async def send_error(error: SynthiaError, send: Send, *, form: ErrorForm, request_id: str = "") -> None:
     """Answers with an error in the form of the API that was asked. What is no RequestError is a 500."""
     status, headers = (error.status, error.headers) if isinstance(error, RequestError) else (500, [])
+    if request_id:
+        headers = [*headers, (b"x-request-id", request_id.encode())]
     await send_json(status, form(error, request_id), send, headers)
+
+
+def request_ids(given: bytes) -> tuple[str, str]:
+    """Ours, which is unique, and the one to tell: the client's X-Request-Id, if it can go into headers and logs."""
+    unique = secrets.token_hex(8)
+    name = given.decode() if _REQUEST_ID.fullmatch(given) else ""
+    return (f"{name}-{unique}", name) if name else (unique, unique)
 
 
 def header(holder: Scope | Message, name: bytes) -> bytes:

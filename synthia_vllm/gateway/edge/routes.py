@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from synthia_vllm.api.errors import form_of
 from synthia_vllm.errors import MethodNotAllowed, NotFound, SynthiaError
-from synthia_vllm.gateway.edge.replies import header, send_error
+from synthia_vllm.gateway.edge.replies import header, request_ids, send_error
 
 ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
 
@@ -73,10 +73,10 @@ class Routes:
         allowed = self._allowed(path)
         if method == "OPTIONS" and (allowed or path == "*"):
             return await self._options(scope, allowed or self._all, send)
-        if allowed is None:
-            return await send_error(NotFound(path), send, form=form_of(path))
-        if method not in allowed:
-            return await send_error(MethodNotAllowed(path, allowed), send, form=form_of(path))
+        if allowed is None or method not in allowed:
+            error = NotFound(path) if allowed is None else MethodNotAllowed(path, allowed)
+            _, told = request_ids(header(scope, b"x-request-id"))
+            return await send_error(error, send, form=form_of(path), request_id=told)
         if path == "/" and self.page is not None:
             return await self.page(scope, receive, send)
         return await self.app(scope, receive, send)

@@ -56,6 +56,16 @@ async def test_all_else_is_not_found(path: str, method: str) -> None:
     assert method == "HEAD" or path in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/messages"), ("POST", "/v1/messages/batches"), ("PUT", "/x")])
+async def test_what_is_refused_here_has_an_id_too(method: str, path: str) -> None:
+    named = await client().request(method, path, headers={"x-request-id": "mine-1"})
+    assert named.headers["x-request-id"] == "mine-1"
+    nameless = await client().request(method, path, headers={"x-request-id": "not\tgood"})
+    assert len(nameless.headers["x-request-id"]) == 16
+    if path.startswith("/v1/messages"):
+        assert named.json()["request_id"] == "mine-1"
+
+
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
