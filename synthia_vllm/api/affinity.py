@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from synthia_vllm.api.base import Affinity, Asker
-from synthia_vllm.engine.port import affinity_key
+from synthia_vllm.api.base import Asker
+from synthia_vllm.engine.port import Affinity, affinity_key
 
 # Of a bare prompt: enough to tell one from another.
 _PREFIX = 1024

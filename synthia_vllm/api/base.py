@@ -8,7 +8,8 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from synthia_vllm.api.errors import ErrorForm
-from synthia_vllm.engine.port import Affinity, Delta, Generation
+from synthia_vllm.engine.grammar import MAX_DEPTH
+from synthia_vllm.engine.port import Delta, Generation
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import MalformedBody, RequestError, SynthiaError
 from synthia_vllm.prompt import MarkerPolicy, Style
@@ -18,7 +19,6 @@ MAX_TOKENS = 2**31 - 1  # of any count of tokens
 MAX_SEQUENCES = 1024  # replies to one request: prompts times `n`
 MAX_N = 128
 MAX_STOP_CHARACTERS = 256
-MAX_DEPTH = 64  # of free-form JSON, such as a schema
 MAX_CONTAINERS = 65_536  # lists and objects in a body
 MAX_ITEMS = 2**18  # values in a body, as commas tell
 
@@ -83,7 +83,9 @@ class Reply(Protocol):
 
     def feed(self, delta: Delta, counts: Counts) -> bytes: ...
 
-    def end(self, counts: Counts) -> bytes: ...
+    def end(self, counts: Counts) -> bytes | list[bytes]:
+        """In pieces where it is long, to be sent one by one."""
+        ...
 
     def error(self, error: SynthiaError) -> bytes:
         """The event that tells of an error in the middle of a stream."""
@@ -97,11 +99,7 @@ class GeneratingApi(Protocol):
     form: ErrorForm
 
     def decode(self, body: bytes) -> Any:
-        """The request, strictly read and within its bounds."""
-        ...
-
-    def model_of(self, request: Any) -> str:
-        """The model that was asked for; empty: not told."""
+        """The request, strictly read and within its bounds. It has a `model`: the name that was asked for, or None."""
         ...
 
     def prepare(self, request: Any, model: Model, asker: Asker) -> Prepared: ...
@@ -114,8 +112,6 @@ class AnsweringApi(Protocol):
     form: ErrorForm
 
     def decode(self, body: bytes) -> Any: ...
-
-    def model_of(self, request: Any) -> str: ...
 
     def answer(self, request: Any, model: Model) -> bytes:
         """The whole reply, JSON."""
@@ -130,6 +126,8 @@ def decode(body: bytes, kind: type[T]) -> T:
     if len(body) > _LONG_BODY:
         _check_items(body)
     try:
+        if not body.isascii():
+            body.decode()  # msgspec does not look at the names and texts that it passes over
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         if kind is not object:
@@ -172,10 +170,10 @@ def event(data: bytes, name: bytes = b"") -> bytes:
     return b"event: " + name + b"\ndata: " + data + b"\n\n" if name else b"data: " + data + b"\n\n"
 
 
-def check_depth(value: Any, param: str, limit: int = MAX_DEPTH) -> None:
+def check_depth(value: Any, param: str) -> None:
     """Raises RequestError for free-form JSON that is nested deeper than any schema is."""
     level = [value]
-    for _ in range(limit):
+    for _ in range(MAX_DEPTH):
         deeper: list[Any] = []
         for item in level:
             if isinstance(item, dict):
@@ -185,20 +183,4 @@ def check_depth(value: Any, param: str, limit: int = MAX_DEPTH) -> None:
         if not deeper:
             return
         level = deeper
-    raise RequestError(f"{param} is nested more than {limit} deep", param=param)
-
-
-__all__ = [
-    "Affinity",
-    "AnsweringApi",
-    "Asker",
-    "Counts",
-    "GeneratingApi",
-    "Model",
-    "Prepared",
-    "Reply",
-    "check_depth",
-    "decode",
-    "event",
-    "field_error",
-]
+    raise RequestError(f"{param} is nested more than {MAX_DEPTH} deep", param=param)

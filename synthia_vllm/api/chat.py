@@ -5,29 +5,17 @@ from typing import Any
 
 import msgspec
 
-from synthia_vllm.api.affinity import conversation_affinity
 from synthia_vllm.api.base import Asker, Counts, Model, Prepared, decode, event
 from synthia_vllm.api.conversation import Messages, Prompt, check_continued, conversation, refuse_tools, rendered
 from synthia_vllm.api.errors import ErrorForm, openai_form
-from synthia_vllm.api.openai_json import chat_logprobs, prompt_logprobs, usage
-from synthia_vllm.api.sampling import (
-    Count,
-    Logprobs,
-    Name,
-    SamplingFields,
-    client_stops,
-    contract_stops,
-    reply_length,
-    sampling_of,
-    sequences_of,
-)
+from synthia_vllm.api.openai_json import GAP, array, chat_logprobs, in_pieces, prompt_logprobs, usage, whole
+from synthia_vllm.api.prepare import prepare_replies
+from synthia_vllm.api.sampling import Count, Logprobs, SamplingFields
 from synthia_vllm.api.text import Piece, SequenceText
-from synthia_vllm.engine.port import Delta, Generation
+from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import RequestError, SynthiaError
-from synthia_vllm.prompt import SAMPLING_DEFAULTS
 
 DONE = b"data: [DONE]\n\n"
-_DEFAULT_LENGTH = int(SAMPLING_DEFAULTS["max_tokens"])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -35,7 +23,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     """A request's body. Fields that are not here are ignored: templates and `priority` are the server's own."""
 
     messages: Messages
-    model: Name | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -65,60 +52,24 @@ class ChatCompletions:
     def decode(self, body: bytes) -> ChatRequest:
         return decode(body, ChatRequest)
 
-    def model_of(self, request: ChatRequest) -> str:
-        return request.model or ""
-
     def prepare(self, request: ChatRequest, model: Model, asker: Asker) -> Prepared:
         _check(request)
         messages = conversation(request.messages, model_name=request.model or "", model=model)
         continued = bool(request.continue_final_message)
         prompt = rendered(messages, model, continue_final_message=continued)
-        wanted, field = request.length
-        length = reply_length(wanted, _DEFAULT_LENGTH, prompt.tokens, model, param=field, prompt_param="messages")
-        own = client_stops(request.stop, "stop")
-        sampling = sampling_of(
-            request,
-            max_tokens=length,
-            stops=contract_stops(own),
-            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            model=model,
-            card_defaults=True,
-        )
-        if request.echo and request.prompt_logprobs is None:
-            sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.top_logprobs or 0)
-        affinity = conversation_affinity(asker, messages)
-        sequences = [
-            Generation(
-                id=f"{asker.id}-{index}" if request.replies > 1 else asker.id,
-                prompt=prompt.ids,
-                text=prompt.text,
-                sampling=each,
-                model=request.model or "",
-                salt=request.cache_salt,
-                affinity=affinity,
-                on_attempt=asker.on_attempt,
-            )
-            for index, each in enumerate(sequences_of(sampling, request.replies))
-        ]
-        texts = [
-            SequenceText.contract(
-                own,
-                keep_leading=continued,
-                include_stop=bool(request.include_stop_str_in_output),
-                min_tokens=request.min_tokens or 0,
-            )
-            for _ in sequences
-        ]
         echoed = messages[-1]["content"] if request.echo and continued else ""
-        reply = (StreamedChat if request.stream else WholeChat)(request, model, asker, prompt, texts, echoed)
-        return Prepared(
-            sequences=sequences,
-            reply=reply,
-            streamed=bool(request.stream),
-            prompt_tokens=prompt.tokens,
-            max_generated=length * len(sequences),
-            exact=prompt.exact,
-            replies=request.replies,
+        kind = StreamedChat if request.stream else WholeChat
+        return prepare_replies(
+            request,
+            messages,
+            prompt,
+            model,
+            asker,
+            lambda texts, _: kind(request, model, asker, prompt, texts, echoed),
+            length=request.length,
+            stops=(request.stop, "stop"),
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            continued=continued,
         )
 
 
@@ -257,7 +208,7 @@ class WholeChat(_Chat):
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self._choices = [_Choice() for _ in self.texts]
-        self._prompt_logprobs: msgspec.Raw | None = None
+        self._prompt_logprobs: list[bytes] | None = None
 
     def start(self, counts: Counts) -> bytes:
         return b""
@@ -276,27 +227,25 @@ class WholeChat(_Chat):
             choice.finish, choice.stop_reason = piece.finish, piece.stop_reason
         return b""
 
-    def end(self, counts: Counts) -> bytes:
-        whole: dict[str, Any] = {
+    def end(self, counts: Counts) -> bytes | list[bytes]:
+        told: dict[str, Any] = {
             "id": self.id,
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
-            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
+            "choices": GAP,
             "service_tier": None,
             "system_fingerprint": None,
             "usage": usage(counts.prompt, counts.generated, counts.cached),
-            "prompt_logprobs": self._prompt_logprobs,
+            "prompt_logprobs": None if self._prompt_logprobs is None else GAP,
             "prompt_token_ids": self.prompt_ids,
             "kv_transfer_params": None,
         }
-        return _encode(whole)
+        choices = [self._choice(index, choice) for index, choice in enumerate(self._choices)]
+        return whole(told, choices, *([] if self._prompt_logprobs is None else [self._prompt_logprobs]))
 
-    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        logprobs = None
-        if self.wants_logprobs:
-            logprobs = {"content": msgspec.Raw(b"[" + b",".join(choice.logprobs) + b"]")}
-        return {
+    def _choice(self, index: int, choice: _Choice) -> list[bytes]:
+        told = {
             "index": index,
             "message": {
                 "role": "assistant",
@@ -307,8 +256,9 @@ class WholeChat(_Chat):
                 "function_call": None,
                 "reasoning": None,
             },
-            "logprobs": logprobs,
+            "logprobs": {"content": GAP} if self.wants_logprobs else None,
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
             "token_ids": choice.ids if self.wants_ids else None,
         }
+        return in_pieces(told, *([array(choice.logprobs)] if self.wants_logprobs else []))

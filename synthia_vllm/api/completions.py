@@ -10,10 +10,9 @@ from synthia_vllm.api.affinity import prompt_affinity
 from synthia_vllm.api.base import MAX_SEQUENCES, Asker, Counts, Model, Prepared, decode, event
 from synthia_vllm.api.conversation import Prompt, check_size, estimate_tokens
 from synthia_vllm.api.errors import ErrorForm, openai_form
-from synthia_vllm.api.openai_json import finite, prompt_logprobs, token_name, usage
+from synthia_vllm.api.openai_json import GAP, array, finite, in_pieces, prompt_logprobs, token_name, usage, whole
 from synthia_vllm.api.sampling import (
     Logprobs,
-    Name,
     SamplingFields,
     TokenId,
     check_token_ids,
@@ -23,7 +22,7 @@ from synthia_vllm.api.sampling import (
     sequences_of,
 )
 from synthia_vllm.api.text import Piece, SequenceText
-from synthia_vllm.engine.port import Delta, Generation, Position, TokenLogprob
+from synthia_vllm.engine.port import Delta, Generation, Position, Sampling, TokenLogprob
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import RequestError, SynthiaError
 
@@ -41,7 +40,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
     """A request's body. Fields that are not here are ignored."""
 
     prompt: PromptField | None = None
-    model: Name | None = None
     logprobs: Logprobs | None = None
     add_special_tokens: bool | None = None
     suffix: str | None = None
@@ -62,14 +60,12 @@ class Completions:
     def decode(self, body: bytes) -> CompletionRequest:
         return decode(body, CompletionRequest)
 
-    def model_of(self, request: CompletionRequest) -> str:
-        return request.model or ""
-
     def prepare(self, request: CompletionRequest, model: Model, asker: Asker) -> Prepared:
         _check(request)
         prompts = _prompts(request, model)
         own = client_stops(request.stop, "stop")
         sequences: list[Generation] = []
+        shared: dict[int, list[Sampling]] = {}  # by length: nothing else differs between prompts, and there are many
         total = 0
         for prompt in prompts:
             length = reply_length(
@@ -81,13 +77,15 @@ class Completions:
                 prompt_param="prompt",
             )
             total += length * request.replies
-            sampling = sampling_of(
-                request, max_tokens=length, stops=own, logprobs=request.logprobs, model=model, card_defaults=False
-            )
-            if request.echo and request.prompt_logprobs is None and request.logprobs is not None:
-                sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
+            if length not in shared:
+                sampling = sampling_of(
+                    request, max_tokens=length, stops=own, logprobs=request.logprobs, model=model, card_defaults=False
+                )
+                if request.echo and request.prompt_logprobs is None and request.logprobs is not None:
+                    sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
+                shared[length] = sequences_of(sampling, request.replies)
             affinity = prompt_affinity(asker, prompt.text if prompt.text is not None else prompt.ids)
-            for each in sequences_of(sampling, request.replies):
+            for each in shared[length]:
                 sequences.append(
                     Generation(
                         id=f"{asker.id}-{len(sequences)}" if len(prompts) * request.replies > 1 else asker.id,
@@ -265,7 +263,7 @@ class StreamedCompletion(_Completion):
             % (
                 self._begun[index],
                 _encode(text),
-                _encode(logprobs.told() if logprobs is not None else None),
+                _encode(None if logprobs is None else logprobs.told(msgspec.Raw(b"[%b]" % b",".join(logprobs.tops)))),
                 _encode(piece.finish),
                 _encode(piece.stop_reason),
                 _encode(ids or None),
@@ -291,7 +289,7 @@ class _Choice:
         self.texts = [echoed]
         self.ids: list[int] = []
         self.logprobs = logprobs
-        self.prompt_logprobs: msgspec.Raw | None = None
+        self.prompt_logprobs: list[bytes] | None = None
         self.first = True
         self.finish = "stop"
         self.stop_reason: int | str | None = None
@@ -329,31 +327,34 @@ class WholeCompletion(_Completion):
             choice.finish, choice.stop_reason = piece.finish, piece.stop_reason
         return b""
 
-    def end(self, counts: Counts) -> bytes:
-        whole: dict[str, Any] = {
+    def end(self, counts: Counts) -> bytes | list[bytes]:
+        told: dict[str, Any] = {
             "id": self.id,
             "object": "text_completion",
             "created": self.created,
             "model": self.model,
-            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
+            "choices": GAP,
             "service_tier": None,
             "system_fingerprint": None,
             "usage": usage(counts.prompt, counts.generated, counts.cached),
             "kv_transfer_params": None,
         }
-        return _encode(whole)
+        return whole(told, [self._choice(index, choice) for index, choice in enumerate(self._choices)])
 
-    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        return {
+    def _choice(self, index: int, choice: _Choice) -> list[bytes]:
+        logprobs, of_prompt = choice.logprobs, choice.prompt_logprobs
+        told = {
             "index": index,
             "text": "".join(choice.texts),
-            "logprobs": choice.logprobs.told() if choice.logprobs is not None else None,
+            "logprobs": None if logprobs is None else logprobs.told(GAP),
             "finish_reason": choice.finish,
             "stop_reason": choice.stop_reason,
             "token_ids": choice.ids if self.wants_ids else None,
-            "prompt_logprobs": choice.prompt_logprobs,
+            "prompt_logprobs": None if of_prompt is None else GAP,
             "prompt_token_ids": (self.prompts[index].ids or None) if self.wants_ids else None,
         }
+        gaps = [] if logprobs is None else [array(logprobs.tops)]
+        return in_pieces(told, *gaps, *([] if of_prompt is None else [of_prompt]))
 
 
 class CompletionLogprobs:
@@ -367,7 +368,7 @@ class CompletionLogprobs:
         self._offset = offset
         self._offsets: list[int] = []
         self._logprobs: list[float | None] = []
-        self._tops: list[msgspec.Raw] = []  # encoded as they come, so that the end is short
+        self.tops: list[bytes] = []  # encoded as they come, so that the end is short
 
     def add(self, positions: Iterable[Position | int]) -> None:
         """Adds tokens with their log-probabilities, or an id without: the first of a prompt has none."""
@@ -381,15 +382,15 @@ class CompletionLogprobs:
             self.tokens.append(token)
             self._offsets.append(self._offset)
             self._logprobs.append(logprob)
-            self._tops.append(msgspec.Raw(_encode(top)))
+            self.tops.append(_encode(top))
             self._offset += len(token)
 
-    def told(self) -> dict[str, Any]:
+    def told(self, tops: msgspec.Raw) -> dict[str, Any]:
         return {
             "text_offset": self._offsets,
             "token_logprobs": self._logprobs,
             "tokens": self.tokens,
-            "top_logprobs": self._tops,
+            "top_logprobs": tops,
         }
 
     def _likeliest(self, position: Position) -> dict[str, float]:

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from synthia_vllm.api.affinity import conversation_affinity
 from synthia_vllm.api.base import Asker, Counts, Model, Prepared, decode, event
 from synthia_vllm.api.conversation import (
     MAX_PARTS,
@@ -24,6 +23,7 @@ from synthia_vllm.api.conversation import (
     Messages as Conversation,
 )
 from synthia_vllm.api.errors import ErrorForm, anthropic_form
+from synthia_vllm.api.prepare import prepare_replies
 from synthia_vllm.api.sampling import (
     Count,
     JsonSchema,
@@ -31,13 +31,9 @@ from synthia_vllm.api.sampling import (
     ResponseFormat,
     SamplingFields,
     check_schema,
-    client_stops,
-    contract_stops,
-    reply_length,
-    sampling_of,
 )
 from synthia_vllm.api.text import Piece, SequenceText
-from synthia_vllm.engine.port import Delta, Generation
+from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import RequestError, SynthiaError
 
 # Claude Code's system prompt begins with a block that holds a hash of the request. It would defeat the prefix cache;
@@ -78,7 +74,6 @@ class MessagesRequest(SamplingFields, kw_only=True):
     messages: Conversation
     max_tokens: Count  # Anthropic's clients have to say it
     system: str | Annotated[list[Part], Meta(max_length=MAX_PARTS)] | None = None
-    model: Name | None = None
     tools: list[Any] | None = None
     tool_choice: Typed | None = None
     thinking: Typed | None = None
@@ -101,42 +96,20 @@ class Messages:
         request.response_format = _response_format(request)
         return request
 
-    def model_of(self, request: MessagesRequest) -> str:
-        return request.model or ""
-
     def prepare(self, request: MessagesRequest, model: Model, asker: Asker) -> Prepared:
         messages, prompt, continues = _prompt(request, model)
-        length = reply_length(
-            request.max_tokens, None, prompt.tokens, model, param="max_tokens", prompt_param="messages"
-        )
-        own = client_stops(request.stop_sequences, "stop_sequences")
-        sampling = sampling_of(
-            request, max_tokens=length, stops=contract_stops(own), logprobs=None, model=model, card_defaults=True
-        )
-        text = SequenceText.contract(
-            own,
-            keep_leading=continues,
-            include_stop=bool(request.include_stop_str_in_output),
-            min_tokens=sampling.min_tokens,
-        )
         kind = MessageStream if request.stream else WholeMessage
-        generation = Generation(
-            id=asker.id,
-            prompt=prompt.ids,
-            text=prompt.text,
-            sampling=sampling,
-            model=request.model or "",
-            salt=request.cache_salt,
-            affinity=conversation_affinity(asker, messages),
-            on_attempt=asker.on_attempt,
-        )
-        return Prepared(
-            sequences=(generation,),
-            reply=kind(asker.id, text, model.names[0]),
-            streamed=bool(request.stream),
-            prompt_tokens=prompt.tokens,
-            max_generated=length,
-            exact=prompt.exact,
+        return prepare_replies(
+            request,
+            messages,
+            prompt,
+            model,
+            asker,
+            lambda texts, _: kind(asker.id, texts[0], model.names[0]),
+            length=(request.max_tokens, "max_tokens"),
+            stops=(request.stop_sequences, "stop_sequences"),
+            logprobs=None,
+            continued=continues,
         )
 
 
@@ -150,9 +123,6 @@ class CountTokens:
         request = decode(body, CountRequest)
         _refuse(request)
         return request
-
-    def model_of(self, request: CountRequest) -> str:
-        return request.model or ""
 
     def answer(self, request: CountRequest, model: Model) -> bytes:
         _, prompt, _ = _prompt(request, model)

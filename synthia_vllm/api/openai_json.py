@@ -8,6 +8,10 @@ import msgspec
 from synthia_vllm.engine.port import Position, TokenLogprob
 
 _LOWEST = -9999.0  # what stands for minus infinity, which JSON does not have
+_GAP = b"\0"  # which JSON does not have: in a text it is escaped
+GAP = msgspec.Raw(_GAP)  # stands for what `in_pieces` puts there
+_ITEMS_A_PIECE = 512
+_LONG_REPLY = 2**20  # bytes
 _encode = msgspec.json.Encoder().encode
 
 
@@ -61,9 +65,9 @@ def _chat_position(position: Position, top: int | None, as_ids: bool) -> dict[st
     }
 
 
-def prompt_logprobs(positions: Sequence[Position | None]) -> msgspec.Raw:
-    """vLLM's `prompt_logprobs`: a place a token of the prompt, null for the first."""
-    return msgspec.Raw(b"[" + b",".join([_encode(_prompt_position(position)) for position in positions]) + b"]")
+def prompt_logprobs(positions: Sequence[Position | None]) -> list[bytes]:
+    """vLLM's `prompt_logprobs`, in pieces: a place a token of the prompt, null for the first."""
+    return array([_encode(_prompt_position(position)) for position in positions])
 
 
 def _prompt_position(position: Position | None) -> dict[int, Any] | None:
@@ -76,3 +80,36 @@ def _prompt_position(position: Position | None) -> dict[int, Any] | None:
             logprob = one.logprob if one.logprob > _LOWEST else _LOWEST
             found[one.id] = {"logprob": logprob, "rank": one.rank, "decoded_token": one.text}
     return found
+
+
+def array(items: Sequence[bytes]) -> list[bytes]:
+    """A JSON array of encoded items, in pieces."""
+    starts = range(0, len(items), _ITEMS_A_PIECE)
+    pieces = [(b"," if at else b"") + b",".join(items[at : at + _ITEMS_A_PIECE]) for at in starts]
+    return [b"[", *pieces, b"]"]
+
+
+def in_pieces(value: Any, *gaps: Iterable[bytes]) -> list[bytes]:
+    """A value as JSON, with these pieces where it has a `GAP`, one after the other.
+
+    A reply with log-probabilities has up to hundreds of megabytes: nothing in here copies them all at once, which would
+    hold up everybody.
+    """
+    first, *others = _encode(value).split(_GAP)
+    found = [first]
+    for pieces, after in zip(gaps, others, strict=True):
+        found += pieces
+        found.append(after)
+    return found
+
+
+def whole(value: Any, choices: Iterable[Sequence[bytes]], *gaps: Iterable[bytes]) -> bytes | list[bytes]:
+    """A reply whose `choices` are a `GAP`, the first; in pieces only where it is long."""
+    listed = [b"["]
+    for choice in choices:
+        if len(listed) > 1:
+            listed.append(b",")
+        listed += choice
+    listed.append(b"]")
+    found = in_pieces(value, listed, *gaps)
+    return found if sum(map(len, found)) > _LONG_REPLY else b"".join(found)

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from synthia_vllm.api.affinity import conversation_affinity
 from synthia_vllm.api.base import Asker, Counts, Model, Prepared, decode
 from synthia_vllm.api.conversation import MAX_MESSAGES, Message, conversation, refuse_tools, rendered, text_of
 from synthia_vllm.api.errors import ErrorForm, openai_form
 from synthia_vllm.api.openai_json import chat_logprobs, entries, finite
+from synthia_vllm.api.prepare import prepare_replies
 from synthia_vllm.api.sampling import (
     Count,
     JsonSchema,
@@ -24,17 +24,11 @@ from synthia_vllm.api.sampling import (
     ResponseFormat,
     SamplingFields,
     check_schema,
-    client_stops,
-    contract_stops,
-    reply_length,
-    sampling_of,
 )
 from synthia_vllm.api.text import Piece, SequenceText
-from synthia_vllm.engine.port import Delta, Generation, Position, Sampling
+from synthia_vllm.engine.port import Delta, Position, Sampling
 from synthia_vllm.errors import RequestError, SynthiaError
-from synthia_vllm.prompt import SAMPLING_DEFAULTS
 
-DEFAULT_MAX_TOKENS = int(SAMPLING_DEFAULTS["max_tokens"])
 _LOGPROBS = "message.output_text.logprobs"
 # OpenAI's bounds.
 Metadata = Annotated[
@@ -71,7 +65,6 @@ class ResponsesRequest(SamplingFields, kw_only=True):
     # Items are read one by one, so that an error can say which one it is about.
     input: str | Annotated[list[msgspec.Raw], Meta(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
-    model: Name | None = None
     max_output_tokens: Count | None = None
     metadata: Metadata | None = None
     include: Annotated[list[Name], Meta(max_length=64)] | None = None
@@ -113,56 +106,29 @@ class Responses:
         request.response_format = _response_format(request)
         return request
 
-    def model_of(self, request: ResponsesRequest) -> str:
-        return request.model or ""
-
     def prepare(self, request: ResponsesRequest, model: Model, asker: Asker) -> Prepared:
         given, continued = _messages(request.input, model)
         messages = conversation(
             given, model_name=request.model or "", model=model, param="input", system=request.instructions or ""
         )
         prompt = rendered(messages, model, continue_final_message=continued, param="input")
-        length = reply_length(
-            request.max_output_tokens,
-            DEFAULT_MAX_TOKENS,
-            prompt.tokens,
-            model,
-            param="max_output_tokens",
-            prompt_param="input",
-        )
-        own = client_stops(request.stop, "stop")
-        sampling = sampling_of(
-            request,
-            max_tokens=length,
-            stops=contract_stops(own),
-            logprobs=request.logprobs,
-            model=model,
-            card_defaults=True,
-        )
-        text = SequenceText.contract(
-            own,
-            keep_leading=continued and bool(messages[-1]["content"]),
-            include_stop=bool(request.include_stop_str_in_output),
-            min_tokens=sampling.min_tokens,
-        )
         kind = ResponseStream if request.stream else WholeResponse
-        generation = Generation(
-            id=asker.id,
-            prompt=prompt.ids,
-            text=prompt.text,
-            sampling=sampling,
-            model=request.model or "",
-            salt=request.cache_salt,
-            affinity=conversation_affinity(asker, messages),
-            on_attempt=asker.on_attempt,
-        )
-        return Prepared(
-            sequences=(generation,),
-            reply=kind(asker.id, text, _told(request, model, sampling, asker), logprobs=request.logprobs),
-            streamed=bool(request.stream),
-            prompt_tokens=prompt.tokens,
-            max_generated=length,
-            exact=prompt.exact,
+
+        def reply(texts: Sequence[SequenceText], sampling: Sampling) -> WholeResponse:
+            return kind(asker.id, texts[0], _told(request, model, sampling, asker), logprobs=request.logprobs)
+
+        return prepare_replies(
+            request,
+            messages,
+            prompt,
+            model,
+            asker,
+            reply,
+            length=(request.max_output_tokens, "max_output_tokens"),
+            stops=(request.stop, "stop"),
+            logprobs=request.logprobs,
+            continued=continued and bool(messages[-1]["content"]),
+            prompt_param="input",
         )
 
 

@@ -36,8 +36,12 @@ BadWord = Annotated[str, Meta(min_length=1, max_length=256)]
 XArg = Annotated[str, Meta(max_length=4096)] | Seed | float
 XArgs = Annotated[dict[Name, XArg | Annotated[list[XArg], Meta(max_length=1024)]], Meta(max_length=64)]
 
-# The fields of which only one can be given.
-_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+# Fields that go to the engine as they are.
+_AS_GIVEN = (
+    "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+    "repetition_penalty", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens", "prompt_logprobs",
+    "logit_bias",
+)  # fmt: skip
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -77,7 +81,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class SamplingFields(msgspec.Struct, kw_only=True):
-    """Fields of chat and completions alike. None is *not given*, as `null` is."""
+    """Fields of all APIs that generate. None is *not given*, as `null` is."""
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -111,6 +115,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Salt | None = None
     vllm_xargs: XArgs | None = None
+    model: Name | None = None
     user: Name | None = None
     # What no engine of ours does: refused by `sampling_of` rather than left out in silence.
     use_beam_search: bool | None = None
@@ -156,28 +161,14 @@ def sampling_of(
         raise RequestError("prompt_logprobs come with whole replies only, not with stream", param="prompt_logprobs")
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options need stream", param="stream_options")
-    given: dict[str, Any] = {
-        "min_tokens": request.min_tokens,
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
-        "presence_penalty": request.presence_penalty,
-        "frequency_penalty": request.frequency_penalty,
-        "repetition_penalty": request.repetition_penalty,
+    given: dict[str, Any] = {name: getattr(request, name) for name in _AS_GIVEN} | {
         "seed": None if request.seed == -1 else request.seed,  # vLLM's way of saying "none"
         "stop_token_ids": _unique(request.stop_token_ids),
-        "ignore_eos": request.ignore_eos,
-        "skip_special_tokens": request.skip_special_tokens,
-        "spaces_between_special_tokens": request.spaces_between_special_tokens,
         "logprobs": None if request.logprob_token_ids else logprobs,
-        "prompt_logprobs": request.prompt_logprobs,
         "logprob_token_ids": tuple(request.logprob_token_ids) if request.logprob_token_ids else None,
-        "logit_bias": request.logit_bias,
         "allowed_token_ids": _unique(request.allowed_token_ids),
         "bad_words": _unique(request.bad_words),
         "structured_outputs": structured_outputs(request.structured_outputs, request.response_format),
-        "stream_interval": request.stream_interval,
         "extra_args": _extra_args(request.vllm_xargs),
     }
     if card_defaults:
@@ -263,12 +254,8 @@ def structured_outputs(
     if response_format is not None and response_format.type != "text":
         param = "response_format"
         fields |= _of_response_format(response_format)
-    kinds = [kind for kind in _KINDS if kind in fields]
-    if not kinds and given is None:
+    if not fields and given is None:
         return None
-    if len(kinds) != 1:
-        told = f"not {' and '.join(kinds)}" if kinds else f"one of {', '.join(_KINDS)}"
-        raise RequestError(f"{param} takes exactly one kind of constraint, {told}", param=param)
     check_schema(fields, param)
     check_grammar(fields, param=param)
     if "choice" in fields:

@@ -44,9 +44,6 @@ class Tokenize:
     def decode(self, body: bytes) -> TokenizeRequest:
         return decode(body, TokenizeRequest)
 
-    def model_of(self, request: TokenizeRequest) -> str:
-        return request.model or ""
-
     def answer(self, request: TokenizeRequest, model: Model) -> bytes:
         tokenizer = _tokenizer(model)
         ids = list(self._ids(request, model, tokenizer))
@@ -75,9 +72,6 @@ class Detokenize:
 
     def decode(self, body: bytes) -> DetokenizeRequest:
         return decode(body, DetokenizeRequest)
-
-    def model_of(self, request: DetokenizeRequest) -> str:
-        return request.model or ""
 
     def answer(self, request: DetokenizeRequest, model: Model) -> bytes:
         tokenizer = _tokenizer(model)

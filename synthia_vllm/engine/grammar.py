@@ -38,7 +38,8 @@ def check_grammar(given: Mapping[str, Any], *, param: str = "structured_outputs"
     """Checks the fields of vLLM's StructuredOutputsParams. Raises RequestError for what no engine should be asked."""
     kinds = [kind for kind in _KINDS if given.get(kind) is not None]
     if len(kinds) != 1:
-        raise RequestError(f"{param} takes exactly one of {', '.join(_KINDS)}", param=param)
+        told = f"not {' and '.join(kinds)}" if kinds else f"one of {', '.join(_KINDS)}"
+        raise RequestError(f"{param} takes exactly one kind of constraint, {told}", param=param)
     (kind,) = kinds
     value = given[kind]
     try:

@@ -1,12 +1,13 @@
 """vLLM's engine in this process, behind the port. Imports vLLM when an engine is asked for the first time."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import structlog
 
+from synthia_vllm.engine import late_logprobs
 from synthia_vllm.engine.port import Capacity, Delta, Generation, Position, Sampling, TokenLogprob
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.engine.vllm_seams import answered, refusals
@@ -16,7 +17,10 @@ _READY_DEADLINE_S = 5.0
 _UNAVAILABLE = 503
 # What vLLM lets through and then can't send to its engine.
 _NOT_REPRESENTABLE = (OverflowError, UnicodeEncodeError, TypeError, RecursionError)
+_LONG_DELTA = 256  # tokens with log-probabilities: more are read in a thread, the event loop is everybody's
 _CONTEXT_TOKENS = 8  # that a tokenizer may need before a token to know its text
+
+_UNKNOWN = Position(TokenLogprob(-1, "", -9999.0), ())  # where vLLM tells no log-probability
 
 _log = structlog.get_logger(__name__)
 
@@ -70,6 +74,8 @@ class LocalEngine:
             prompt["type"] = "token"
         if generation.salt:
             prompt["cache_salt"] = generation.salt
+        if sampling.prompt_logprobs is not None:
+            late_logprobs.install()
         with _errors_of_vllm(generation):
             outputs = self._llm.generate(
                 prompt, sampling_params(sampling), generation.id, trace_headers=headers or None
@@ -84,15 +90,16 @@ class LocalEngine:
                     if ending is not None:
                         ending.cut(delta)
                     if completion.logprobs is not None:
-                        delta.logprobs = [position(one) for one in completion.logprobs]
+                        found = completion.logprobs
+                        long = len(found) > _LONG_DELTA
+                        told = await asyncio.to_thread(positions, found) if long else positions(found)
+                        delta.logprobs = [one or _UNKNOWN for one in told]
                     if not begun:
                         begun = True
                         delta.cached = output.num_cached_tokens
                         if output.prompt_logprobs is not None:
-                            # As many as the prompt has tokens, each with several: long enough to stop others.
-                            delta.prompt_logprobs = await asyncio.to_thread(
-                                _prompt_positions, output.prompt_logprobs, generation.prompt
-                            )
+                            told = await asyncio.to_thread(_prompt_positions, output.prompt_logprobs)
+                            delta.prompt_logprobs = told[: len(generation.prompt)]
                     yield delta
 
 
@@ -156,22 +163,27 @@ def sampling_params(sampling: Sampling) -> Any:
             given[name] = list(given[name])
     if sampling.structured_outputs is not None:
         given["structured_outputs"] = StructuredOutputsParams(**sampling.structured_outputs)
+    # Not an object for each log-probability: a hundred thousand of them make every garbage collection a long one.
+    given["flat_logprobs"] = any(name in given for name in ("logprobs", "prompt_logprobs", "logprob_token_ids"))
     return SamplingParams(
         **given, include_stop_str_in_output=True, output_kind=RequestOutputKind.DELTA, skip_clone=True
     )
 
 
-def position(found: Mapping[int, Any] | None) -> Position:
-    """vLLM's log-probabilities at one place; the chosen token is the first."""
-    if not found:
-        return Position(TokenLogprob(-1, "", -9999.0), ())
-    entries = [TokenLogprob(token, one.decoded_token or "", one.logprob, one.rank) for token, one in found.items()]
-    return Position(entries[0], entries)
+def positions(found: Any) -> list[Position | None]:
+    """vLLM's FlatLogprobs, place by place; None where it has none, as at a prompt's first token."""
+    ids, texts, logprobs, ranks = found.token_ids, found.decoded_tokens, found.logprobs, found.ranks
+    made: list[Position | None] = []
+    for start, end in zip(found.start_indices, found.end_indices, strict=True):
+        # The chosen token comes first, and once more among the likeliest; by its id it is one, as in vLLM's own dicts.
+        each = {ids[at]: TokenLogprob(ids[at], texts[at] or "", logprobs[at], ranks[at]) for at in range(start, end)}
+        top = list(each.values())
+        made.append(Position(top[0], top) if top else None)
+    return made
 
 
-def _prompt_positions(found: Sequence[Mapping[int, Any] | None], prompt: Sequence[int]) -> list[Position | None]:
-    """The first token of a prompt has none."""
-    return [None if one is None else position(one) for one in found[: len(prompt)]]
+def _prompt_positions(found: Any) -> list[Position | None]:
+    return positions(found.read() if isinstance(found, late_logprobs.LateLogprobs) else found)
 
 
 def _unfinished(finish: str, generation: Generation, *, begun: bool) -> RequestError:

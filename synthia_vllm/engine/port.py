@@ -54,7 +54,6 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bad_words: tuple[str, ...] | None = None
     # The fields of vLLM's StructuredOutputsParams: json, regex, choice, grammar, json_object, structural_tag, …
     structured_outputs: dict[str, Any] | None = None
-    stream_interval: int | None = None  # tokens a delta
     extra_args: dict[str, Any] | None = None  # vLLM's `vllm_xargs`
 
 

@@ -13,6 +13,7 @@ from starlette.types import Receive, Send
 from synthia_vllm.api.base import AnsweringApi, Asker, GeneratingApi, Model, Prepared
 from synthia_vllm.api.chat import ChatCompletions
 from synthia_vllm.api.completions import Completions
+from synthia_vllm.api.gathered import Gathered
 from synthia_vllm.api.messages import CountTokens, Messages
 from synthia_vllm.api.responses import Responses
 from synthia_vllm.api.tokens import Detokenize, Tokenize
@@ -66,7 +67,7 @@ class Apis:
         *,
         unbounded: bool = False,
     ) -> bool:
-        """True where the whole reply went out; False where it broke off in a stream. `unbounded`: as Delivery has it."""
+        """True where the whole reply went out; False where it broke off in a stream. `unbounded`: as in Delivery."""
         route = exchange.route
         if exchange.method != "POST":
             await self._tell_models(exchange, send)
@@ -125,6 +126,8 @@ class Apis:
             request = api.decode(exchange.body or b"")
             self._check_model(exchange, request.model, model, any_name=any_name)
             prepared = api.prepare(request, model, asker)
+            if prepared.streamed and (request.stream_interval or 1) > 1:
+                prepared.reply = Gathered(prepared.reply, request.stream_interval)
             if len(prepared.sequences) > 1:
                 prepared.sequences = [
                     replace(one, on_attempt=partial(attempt, sequence=number))

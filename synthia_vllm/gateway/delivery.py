@@ -19,6 +19,7 @@ _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"ca
 # Replies of more tokens end in a thread: what several APIs put at the end (the whole text, all log-probabilities) may
 # take longer than others should wait for.
 _LONG_REPLY = 512
+_LONG_DELTA = 256  # tokens with log-probabilities that come together
 
 _log = structlog.get_logger(__name__)
 
@@ -108,7 +109,7 @@ class Delivery:
                     self._put(reply.start(counts))
                 tokens = len(delta.ids)
                 self._new_tokens += tokens
-                if delta.prompt_logprobs is not None:
+                if delta.prompt_logprobs is not None or len(delta.logprobs or ()) > _LONG_DELTA:
                     long = True
                     chunk = await asyncio.to_thread(reply.feed, delta, counts)
                 else:
@@ -120,9 +121,10 @@ class Delivery:
         if not begun:
             self._put(reply.start(counts))
         if long or usage.generated > _LONG_REPLY:
-            self._chunks.append(await asyncio.to_thread(reply.end, counts))
+            last = await asyncio.to_thread(reply.end, counts)
         else:
-            self._chunks.append(reply.end(counts))
+            last = reply.end(counts)
+        self._chunks += [last] if isinstance(last, bytes) else last
 
     def _put(self, chunk: bytes) -> None:
         if not chunk:
@@ -190,10 +192,14 @@ class Delivery:
         if self._request.prepared.streamed:
             await self._flush(last=True)
             return
-        body = b"".join(self._chunks)
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        *pieces, last = self._chunks
+        length = len(last) + sum(map(len, pieces))
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": last})
 
 
 async def _left(receive: Receive) -> None:

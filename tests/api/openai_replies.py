@@ -38,7 +38,8 @@ def replied(ready: Prepared, deltas: Sequence[Delta]) -> bytes:
     for delta in deltas:
         counts.generated += len(delta.ids)
         sent += ready.reply.feed(delta, counts)
-    return sent + ready.reply.end(counts)
+    end = ready.reply.end(counts)
+    return sent + (end if isinstance(end, bytes) else b"".join(end))
 
 
 def ask(api: GeneratingApi, body: dict[str, Any], deltas: Sequence[Delta], **given: Any) -> dict[str, Any]:

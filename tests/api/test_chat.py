@@ -388,3 +388,17 @@ def test_any_json_in_any_field_is_prepared_or_refused(fields: dict[str, Any]) ->
 def test_any_bytes_are_read_or_refused(body: bytes) -> None:
     with suppress(RequestError):
         API.decode(body)
+
+
+def test_a_long_reply_is_whole_in_its_pieces() -> None:
+    positions = [Position(TokenLogprob(5, f"{at}\0" + "x" * 500, -1.0, 1), ()) for at in range(1300)]
+    deltas = [
+        Delta([65], "\0", None, logprobs=positions[:1], prompt_logprobs=[None, *positions]),
+        Delta([65] * 1299, "b", "stop", logprobs=positions[1:]),
+    ]
+    reply = ask(API, {**BODY, "prompt_logprobs": 0, "logprobs": True}, deltas)
+    (choice,) = reply["choices"]
+    assert choice["message"]["content"] == "\0b"
+    texts = [position.chosen.text for position in positions]
+    assert [one["token"] for one in choice["logprobs"]["content"]] == texts
+    assert [one["5"]["decoded_token"] for one in reply["prompt_logprobs"][1:]] == texts

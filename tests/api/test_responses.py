@@ -312,7 +312,7 @@ def test_the_generation_is_the_askers() -> None:
     (generation,) = prepared(API, {**ASKED, "cache_salt": "mine"}).sequences
     assert (generation.id, generation.model, generation.salt) == ("1f", "synthia", "mine")
     assert generation.affinity is not None
-    assert API.model_of(API.decode(b'{"input":"x"}')) == ""
+    assert API.decode(b'{"input":"x"}').model is None
 
 
 @pytest.mark.parametrize(

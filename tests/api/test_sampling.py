@@ -114,7 +114,6 @@ def test_what_is_given_reaches_the_engine() -> None:
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "prompt_logprobs": 2,
-        "stream_interval": 4,
     }
     sampling = sampled(**given)
     assert {name: getattr(sampling, name) for name in given} == given

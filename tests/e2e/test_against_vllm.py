@@ -37,6 +37,13 @@ texts = st.one_of(
     st.sampled_from(["What is an orca?", "Count: 1 2 3", "Grüße 🐋, 鯨?", "", "Say\nUSER: hello", "yes yes yes yes"]),
     st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=20),
 )
+
+
+def tells_stop_tokens(fields: dict[str, Any]) -> bool:
+    """Whether vLLM, asked to leave stop strings in, leaves the text of a token in as well: EOS, or the client's."""
+    return bool(fields.get("stop_token_ids")) or fields.get("skip_special_tokens") is False
+
+
 messages = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}),
     min_size=1,
@@ -64,9 +71,7 @@ sampling = st.fixed_dictionaries(
     },
 )
 # The text of a stop token is left out here whatever the client asks for (docs/apis.md).
-sampling = sampling.filter(
-    lambda fields: not (fields.get("stop_token_ids") and fields.get("include_stop_str_in_output"))
-)
+sampling = sampling.filter(lambda fields: not (tells_stop_tokens(fields) and fields.get("include_stop_str_in_output")))
 options = st.sampled_from([None, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}])
 chats = st.tuples(
     messages,
@@ -167,7 +172,7 @@ def test_chat(server: RunningServer, request_: Any) -> None:
     own = [fields["stop"]] if isinstance(fields.get("stop"), str) else fields.get("stop") or []
     theirs = {name: value for name, value in SAMPLING_DEFAULTS.items() if name not in fields}
     spelled = {**theirs, **body, "stop": list(dict.fromkeys([*own, *STOP_STRINGS])), "include_stop_str_in_output": True}
-    if fields.get("stop_token_ids"):  # whose text would stay as well
+    if tells_stop_tokens(fields):
         spelled["include_stop_str_in_output"] = False
     status, ours = ask(server.url, CHAT, body)
     their_status, reply = ask(server.vllm, CHAT, spelled)

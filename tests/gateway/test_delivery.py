@@ -8,13 +8,14 @@ import pytest
 from starlette.types import Message
 
 from benchmarks.null_port import NullEnginePort
+from synthia_vllm.api.base import Counts
 from synthia_vllm.engine.port import Delta, Generation
 from synthia_vllm.errors import RequestError, UpstreamLost
 from synthia_vllm.gateway.delivery import ClientLeft, Delivery
 from synthia_vllm.gateway.meter import Meter
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
 from synthia_vllm.gateway.sequences import Sequences
-from tests.gateway.layers import Saying, make_exchange, make_request, settle, tokens, until
+from tests.gateway.layers import PlainReply, Saying, make_exchange, make_request, settle, tokens, until
 
 UNBOUNDED = True
 
@@ -53,6 +54,12 @@ class Told(Observer):
         self.sent_ones.append((chunks, tokens))
 
 
+class InPieces(PlainReply):
+    def end(self, counts: Counts) -> list[bytes]:
+        whole = super().end(counts)
+        return [whole[:3], whole[3:]]
+
+
 @pytest.fixture(params=[True, False], ids=["send never waits", "send may wait"], autouse=True)
 def unbounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways of sending bring the same: that of our own server, and that of Serve's."""
@@ -89,6 +96,18 @@ async def test_a_whole_reply_goes_out_at_its_end_with_its_length() -> None:
     assert dict(start["headers"]) == {b"content-type": b"application/json", b"content-length": b"8"}
     assert body["body"] == b"<7|ab|2>"
     assert exchange.usage.generated == 2
+
+
+async def test_a_long_whole_reply_goes_out_in_its_pieces_with_its_length() -> None:
+    client = Client()
+    request = make_request(streamed=False)
+    request.prepared.reply = InPieces(streamed=False)
+    made, _ = delivery(request, Saying(*tokens("a", "b")))
+    await made.run(client.receive, client.send)
+    head, *bodies = client.messages
+    assert [message["body"] for message in bodies] == [b"<1|", b"ab|2>"]
+    assert [message.get("more_body", False) for message in bodies] == [True, False]
+    assert (b"content-length", b"8") in head["headers"]
 
 
 @pytest.mark.parametrize("streamed", [True, False])

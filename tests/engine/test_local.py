@@ -1,0 +1,74 @@
+"""vLLM's objects as the port's."""
+
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.logprobs import FlatLogprobs, Logprob
+
+from benchmarks.null_tokenizer import null_tokenizer
+from synthia_vllm.engine.local import LocalEngine, positions, sampling_params
+from synthia_vllm.engine.port import Delta, Generation, Position, Sampling, TokenLogprob
+
+
+class Saying:
+    """An AsyncLLM that says these outputs."""
+
+    model_config = SimpleNamespace(model="null", max_model_len=100_000)
+
+    def __init__(self, *said: Any) -> None:
+        self.said = said
+
+    async def generate(self, prompt: Any, params: Any, *_: Any, **__: Any) -> AsyncGenerator[Any, None]:
+        for one in self.said:
+            yield one
+
+
+def flat(count: int, begun: int = 0) -> FlatLogprobs:
+    made = FlatLogprobs()
+    for at in range(begun, begun + count):
+        made.append({at + 5: Logprob(-0.5 * at, 2, f"a{at}"), 7: Logprob(-0.25, 1, None)})
+    return made
+
+
+def output(logprobs: FlatLogprobs | None, finish: str | None = None, *, prompt: FlatLogprobs | None = None) -> Any:
+    ids = [5] * (len(logprobs) if logprobs else 1)
+    one = SimpleNamespace(token_ids=ids, text="a", finish_reason=finish, stop_reason=None, logprobs=logprobs)
+    return SimpleNamespace(outputs=[one], num_cached_tokens=0, prompt_logprobs=prompt)
+
+
+async def deltas(*said: Any, **sampling: Any) -> list[Delta]:
+    engine = LocalEngine(Saying(*said), null_tokenizer(), ["null"])
+    generation = Generation(id="1", prompt=[1, 2, 3], sampling=Sampling(max_tokens=9, **sampling))
+    return [delta async for delta in engine.generate(generation)]
+
+
+def test_the_chosen_token_is_the_first_and_only_once() -> None:
+    made = FlatLogprobs()
+    made.append_fast([5, 6, 5], [-1.0, -0.5, -1.0], iter([2, 1, 2]), ["b", "a", "b"])
+    chosen = TokenLogprob(5, "b", -1.0, 2)
+    assert positions(made) == [Position(chosen, [chosen, TokenLogprob(6, "a", -0.5, 1)])]
+
+
+async def test_each_token_has_its_own_however_many_come_together() -> None:
+    one, other = await deltas(output(flat(1)), output(flat(999, begun=1), "stop"), logprobs=1)
+    assert len(one.ids) == len(one.logprobs or ()) == 1
+    assert [position.chosen.id for position in other.logprobs or ()] == list(range(6, 1005))
+
+
+async def test_the_first_token_of_a_prompt_has_none() -> None:
+    prompt = FlatLogprobs()
+    prompt.append(None)
+    prompt.extend(flat(2))
+    first, second = await deltas(output(None, prompt=prompt), output(None, "stop"), prompt_logprobs=1)
+    assert first.prompt_logprobs is not None
+    assert first.prompt_logprobs[0] is None
+    assert [position and position.chosen.text for position in first.prompt_logprobs[1:]] == ["a0", "a1"]
+    assert second.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("field", [{"logprobs": 0}, {"prompt_logprobs": 0}, {"logprob_token_ids": (5,)}])
+def test_log_probabilities_are_asked_for_in_the_form_that_is_read(field: dict[str, Any]) -> None:
+    assert sampling_params(Sampling(max_tokens=1, **field)).flat_logprobs
+    assert not sampling_params(Sampling(max_tokens=1)).flat_logprobs
