@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from synthia_vllm.errors import SetupError
+from synthia_vllm.cli.gateway import serve_before_engines
 from synthia_vllm.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from synthia_vllm.gateway.access import Lookup
-    from synthia_vllm.gateway.accounts import Account
 
 PROG = "synthia-vllm exporter"
 
@@ -32,21 +31,7 @@ def command(words: tuple[str, ...]) -> None:
 
 def export(settings: Settings) -> int:
     """Serves /metrics, /sd and /health until a signal; returns the exit code."""
-    import uvloop
-
-    from synthia_vllm.gateway.edge.listener import bind, check_exposure
-    from synthia_vllm.gateway.observers.log import configure_logging
-
-    if not settings.upstream:
-        raise SetupError("--upstream: name at least one engine, for instance --upstream http://127.0.0.1:8001")
-    check_exposure(settings)
-    configure_logging(settings.log)
-    sock = bind(settings)
-    try:
-        code: int = uvloop.run(_serve(settings, sock))
-        return code
-    finally:
-        sock.close()
+    return serve_before_engines(settings, _serve)
 
 
 async def _serve(settings: Settings, sock: socket.socket) -> int:
@@ -77,12 +62,13 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
 @contextlib.asynccontextmanager
 async def _keys(settings: Settings, needed: bool) -> "AsyncIterator[Lookup]":
     """The look-up of keys; where none are needed, no database is opened."""
+    from synthia_vllm.gateway.app import nobody
     from synthia_vllm.gateway.store.database import open_database
     from synthia_vllm.gateway.store.key_cache import KeyCache
     from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 
     if not needed:
-        yield _nobody
+        yield nobody
         return
     database = open_database(settings.access.database)
     keys = KeyCache(KeyStore(database, load_secret(settings)))
@@ -94,7 +80,3 @@ async def _keys(settings: Settings, needed: bool) -> "AsyncIterator[Lookup]":
         await asyncio.gather(watch, return_exceptions=True)
         keys.close()
         database.dispose()
-
-
-async def _nobody(key: str) -> "Account | None":
-    return None

@@ -3,7 +3,8 @@
 import asyncio
 import socket
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,6 +33,13 @@ def command(words: tuple[str, ...]) -> None:
 
 def gateway(settings: Settings) -> int:
     """Serves until a signal; returns the exit code."""
+    return serve_before_engines(settings, _serve)
+
+
+def serve_before_engines(
+    settings: Settings, serve: Callable[[Settings, socket.socket], Coroutine[Any, Any, int]]
+) -> int:
+    """Runs what serves on a socket before engines elsewhere; returns its exit code."""
     import uvloop
 
     from synthia_vllm.gateway.edge.listener import bind, check_exposure
@@ -43,7 +51,7 @@ def gateway(settings: Settings) -> int:
     configure_logging(settings.log)
     sock = bind(settings)
     try:
-        code: int = uvloop.run(_serve(settings, sock))
+        code: int = uvloop.run(serve(settings, sock))
         return code
     finally:
         sock.close()

@@ -1,12 +1,11 @@
 """Who asks, and what they may: the facts about a user that the layers act on."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 USER_NAME = r"[\w.@:+-]{1,64}"
 
 Priority = Literal["interactive", "batch"]
-
 
 # More than anybody uses. The database's integers have 64 bits, JavaScript's numbers 53.
 MAX_LIMIT = 10**15
@@ -20,6 +19,11 @@ class UserLimits:
     tokens_per_minute: int | None = None
     concurrent_requests: int | None = None
     tokens_per_month: int | None = None  # calendar month, UTC
+
+    @classmethod
+    def of(cls, holder: Any) -> Self:
+        """Those of whatever has them among its attributes."""
+        return cls(**{name: getattr(holder, name) for name in cls.__slots__})
 
 
 UNLIMITED = UserLimits()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -51,12 +51,13 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+async def nobody(key: str) -> Account | None:
+    """The look-up where keys are neither needed nor known."""
+    return None
+
+
 def without_users(engine: Engine, settings: Settings) -> ASGIApp:
     """The APIs without users, limits and bill: for one who runs the engine for himself."""
-
-    async def nobody(key: str) -> Account | None:
-        return None
-
     apis = Apis(engine, Sequences(Meter(engine)), settings.prompt)
     access = Access(apis, lookup=nobody, keys_required=False, max_body_bytes=settings.max_body_bytes)
     return Routes(access, methods=METHODS)
@@ -78,7 +79,7 @@ def check_stores(settings: Settings) -> str:
     database = open_database(settings.access.database)
     load_secret(settings)
     database.dispose()
-    asyncio.run(_close(settings))
+    asyncio.run(_limiter(settings, None).close())
     return database.url.render_as_string(hide_password=True)
 
 
@@ -104,12 +105,7 @@ class Gateway:
         self.key_cache = KeyCache(self.keys)
         self.ledger = Ledger(database)
         self.limiter = _limiter(settings, lambda user, since: spent_tokens(database, user, since))
-        self.default_limits = UserLimits(
-            requests_per_minute=settings.limits.requests_per_minute,
-            tokens_per_minute=settings.limits.tokens_per_minute,
-            concurrent_requests=settings.limits.concurrent_requests,
-            tokens_per_month=settings.limits.tokens_per_month,
-        )
+        self.default_limits = UserLimits.of(settings.limits)
         self.settings = settings
         fair = settings.fair
         self.scheduler = Scheduler(
@@ -193,10 +189,9 @@ class Gateway:
         users = found["users"]
         limits = {one.account.user: merge(one.account.limits, self.default_limits) for one in self.access.open.values()}
         for user in users:
-            standing = await self.limiter.standing(user)
-            users[user]["used"] = {name: getattr(standing, name) for name in standing.__slots__}
+            users[user]["used"] = asdict(await self.limiter.standing(user))
             if user in limits:
-                users[user]["limits"] = {name: getattr(limits[user], name) for name in limits[user].__slots__}
+                users[user]["limits"] = asdict(limits[user])
         return found
 
     def _layers(self, engine: Engine) -> Layer:
@@ -221,10 +216,6 @@ class Gateway:
             (series.LEDGER_LOST, ledger.lost),
         )
         return [single(family, value) for family, value in numbers]
-
-
-async def _close(settings: Settings) -> None:
-    await _limiter(settings, None).close()
 
 
 def _limiter(settings: Settings, spent: Any) -> Limiter:

@@ -13,6 +13,7 @@ from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 # failed: upstream answered with an error or broke off; stopped: this process ended first.
 Outcome = Literal["finished", "cancelled", "rejected", "failed", "stopped"]
 
+POLLED = ("/health", "/ready", "/metrics", "/sd")  # by machines, all the time: not worth a line, a span or a count
 _ROUTES_BELOW = (("/admin/", "/admin"), ("/v1/models/", "/v1/models/{id}"))
 
 
@@ -69,6 +70,11 @@ class Exchange:
     def route_name(self) -> str:
         """Its route without what clients choose in it: routes are labels."""
         return next((name for prefix, name in _ROUTES_BELOW if self.route.startswith(prefix)), self.route)
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds until a stream's first token was sent; None where none was, as in a whole reply."""
+        return self.first_sent - self.arrived if self.first_sent is not None else None
 
     @property
     def queue_wait(self) -> float:

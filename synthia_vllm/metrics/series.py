@@ -116,25 +116,3 @@ LEDGER_WAITING = Family("synthia_ledger_waiting_rows", "gauge", (), "Rows of the
 LEDGER_LOST = Family(
     "synthia_ledger_lost_rows_total", "counter", (), "Rows of the bill given up: the database was gone for too long."
 )
-
-ALL = (
-    REQUESTS,
-    PROMPT_TOKENS,
-    GENERATION_TOKENS,
-    TIME_TO_FIRST_TOKEN,
-    INTER_TOKEN_LATENCY,
-    REQUEST_DURATION,
-    QUEUE_WAIT,
-    TOKENS_PER_SECOND,
-    REQUESTS_IN_FLIGHT,
-    REQUESTS_QUEUED,
-    FAIR_SERVICE,
-    REJECTIONS,
-    SLO_REQUESTS,
-    SLO_OBJECTIVE,
-    REPLICAS,
-    REPLICA_UP,
-    LEDGER_UP,
-    LEDGER_WAITING,
-    LEDGER_LOST,
-)

@@ -1,5 +1,8 @@
 """`POST /v1/completions`, of vLLM or of any other engine that speaks OpenAI's API.
 
+It adds to a text what the tokenizer's own rule says. Where that is no BOS, which some models have all the same, a
+conversation's prompt brings it along; a completion is what the client wrote.
+
 vLLM tells token ids: text is made of them here where there is a tokenizer. Other engines send text alone, and the ids
 of their tokens are -1. How many tokens a chunk of theirs has they don't tell: each counts as one, until the usage at
 the end tells how many there were, and the last delta has what is missing.
@@ -11,10 +14,11 @@ from typing import Any
 import msgspec
 
 from synthia_vllm.engine.port import Delta, Generation
+from synthia_vllm.engine.rendered import Rendered
 from synthia_vllm.replicas.detect import COMPLETIONS, Endpoint
 from synthia_vllm.replicas.logprobs import UNKNOWN as UNKNOWN_LOGPROB
 from synthia_vllm.replicas.logprobs import Entry, named_positions
-from synthia_vllm.replicas.reply import Reply, Usage, check_end, in_band
+from synthia_vllm.replicas.reply import Chunk, Reply, check_end
 from synthia_vllm.replicas.transcript import Transcript
 
 UNKNOWN = -1  # the id of a token whose id is not told
@@ -41,19 +45,15 @@ class _Choice(msgspec.Struct):
     prompt_logprobs: list[msgspec.Raw] | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(Chunk):
     choices: list[_Choice] | None = None
-    usage: Usage | None = None
-    error: Any = None
-
-
-_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class CompletionsReply(Reply):
     """Of an engine that is sent text, or ids where it is vLLM and they are known here."""
 
     path = COMPLETIONS
+    decoder = msgspec.json.Decoder(_Chunk)
 
     def __init__(self, generation: Generation, transcript: Transcript, replayed: Sequence[int] = ()) -> None:
         super().__init__(generation, transcript, replayed)
@@ -68,7 +68,7 @@ class CompletionsReply(Reply):
         by_ids = generation.text is None or (endpoint.vllm and generation.prompt)
         params |= {
             "model": endpoint.model(generation.model),
-            "prompt": generation.prompt if by_ids else generation.text,
+            "prompt": generation.prompt if by_ids else _text(generation, endpoint),
         }
         if (extra := params.pop("extra_args", None)) is not None:
             params["vllm_xargs"] = extra
@@ -85,15 +85,8 @@ class CompletionsReply(Reply):
             params |= {"stream": True, "stream_options": {"include_usage": True}}
         return msgspec.json.encode(params)
 
-    def add(self, delta: Delta, data: bytes) -> None:
-        chunk = _decode(data)
-        if chunk.error is not None:
-            raise in_band(chunk.error)
-        if chunk.usage is not None:
-            self.usage = chunk.usage
-        if not chunk.choices:
-            return
-        choice = chunk.choices[0]
+    def add_choice(self, delta: Delta, chunk: Any) -> None:
+        choice: _Choice = chunk.choices[0]
         if choice.prompt_token_ids is not None:
             self.prompt_ids = choice.prompt_token_ids
         if choice.prompt_logprobs is not None:
@@ -129,6 +122,11 @@ class CompletionsReply(Reply):
         delta.ids = [*delta.ids, *ids]
         delta.text += text
         self.end(delta, choice.finish_reason, stop or choice.stop_reason)
+
+
+def _text(generation: Generation, endpoint: Endpoint) -> str:
+    text = generation.text or ""
+    return f"{endpoint.bos if isinstance(text, Rendered) else ''}{text}"
 
 
 def _entries(found: _Logprobs | None) -> list[Entry]:

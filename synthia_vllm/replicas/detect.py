@@ -2,18 +2,21 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import aiohttp
 import msgspec
 
-from synthia_vllm.replicas.http import refusal
+from synthia_vllm.prompt import Style, render
+from synthia_vllm.replicas.http import BUSY, refusal
 
 # generate: takes token ids at `/inference/v1/generate`; completions: takes text, or ids, at `/v1/completions`.
 Kind = Literal["generate", "completions"]
 
 GENERATE, COMPLETIONS, MODELS = "/inference/v1/generate", "/v1/completions", "/v1/models"
+TOKENIZE = "/tokenize"  # vLLM's, and ours
 _PROBE_S = 5.0
+_PROBE = [{"role": "user", "content": "a"}]
 _VLLM = ("vllm", "synthia-vllm")  # `owned_by` of vLLM's models, and of a gateway's of ours
 
 
@@ -27,6 +30,7 @@ class Endpoint:
     root: str | None = None  # the model's folder or its id on the hub
     context: int | None = None  # most tokens of prompt and reply
     vllm: bool = False  # takes vLLM's parameters, and tells token ids
+    bos: str = ""  # what a conversation's text needs in front: empty where BOS comes by itself, or nobody tells
 
     @property
     def tells_ids(self) -> bool:
@@ -54,6 +58,7 @@ async def detect(
     endpoint.context = context if isinstance(context, int) else None
     endpoint.vllm = card.get("owned_by") in _VLLM
     if not tokens:
+        endpoint.bos = await _missing_bos(endpoint, session, headers)
         endpoint.kind = "completions"
         return
     # A request without a field: whoever has the route says so, whoever has not says that.
@@ -61,8 +66,47 @@ async def detect(
         said = await reply.content.read(1024)
         if reply.status >= 500 and reply.status != 501:
             raise refusal(reply.status, said)
-        endpoint.kind = "generate" if reply.status in (400, 422) else "completions"
-    endpoint.vllm = endpoint.vllm or endpoint.kind == "generate"
+        kind: Kind = "generate" if reply.status in (400, 422) else "completions"
+    endpoint.vllm = endpoint.vllm or kind == "generate"
+    if not endpoint.vllm:
+        endpoint.bos = await _missing_bos(endpoint, session, headers)
+    endpoint.kind = kind
+
+
+class _Tokens(msgspec.Struct):
+    tokens: list[int] = []
+    token_strs: list[str] | None = None
+
+
+async def _missing_bos(endpoint: Endpoint, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> str:
+    """The text that makes a conversation's prompt, sent as text, the tokens that the engine's own chat makes of it.
+
+    Empty where none is missing. Where the engine has no chat in the format of ours, or no `/tokenize`, nobody knows.
+    """
+
+    async def tokens(**asked: Any) -> _Tokens:
+        body = {**asked, "model": endpoint.models[0]} if endpoint.models else asked
+        timeout = aiohttp.ClientTimeout(_PROBE_S)
+        async with session.post(endpoint.url + TOKENIZE, json=body, headers=headers, timeout=timeout) as reply:
+            said = await reply.read()
+            if reply.status in BUSY:
+                raise refusal(reply.status, said)
+            if reply.status != 200:
+                return _Tokens()
+            try:
+                return msgspec.json.decode(said, type=_Tokens)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                return _Tokens()
+
+    chat = await tokens(messages=_PROBE, return_token_strs=True)
+    if not chat.tokens:
+        return ""
+    styles: tuple[Style, ...] = get_args(Style)
+    for text in (render(_PROBE, style=style) for style in styles):
+        for bos in ("", *(chat.token_strs or ())[:1]):
+            if (await tokens(prompt=bos + text)).tokens == chat.tokens:
+                return bos
+    return ""
 
 
 def least_context(endpoints: Iterable[Endpoint]) -> int | None:

@@ -12,7 +12,7 @@ import msgspec
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.replicas.detect import GENERATE, Endpoint
 from synthia_vllm.replicas.logprobs import Entry, wanted
-from synthia_vllm.replicas.reply import Reply, Usage, in_band
+from synthia_vllm.replicas.reply import Chunk, Reply
 
 
 class _Logprobs(msgspec.Struct):
@@ -25,20 +25,16 @@ class _Choice(msgspec.Struct):
     logprobs: _Logprobs | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(Chunk):
     choices: list[_Choice] | None = None
-    usage: Usage | None = None
-    error: Any = None
     prompt_logprobs: list[msgspec.Raw] | None = None
-
-
-_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class GenerateReply(Reply):
     """Of an engine that takes token ids."""
 
     path = GENERATE
+    decoder = msgspec.json.Decoder(_Chunk)
 
     def body(self, endpoint: Endpoint) -> bytes:
         sampling, salt = self.generation.sampling, self.generation.salt
@@ -56,17 +52,10 @@ class GenerateReply(Reply):
             body["cache_salt"] = salt
         return msgspec.json.encode(body)
 
-    def add(self, delta: Delta, data: bytes) -> None:
-        chunk = _decode(data)
-        if chunk.error is not None:
-            raise in_band(chunk.error)
-        if chunk.usage is not None:
-            self.usage = chunk.usage
-        if not chunk.choices:
-            return
+    def add_choice(self, delta: Delta, chunk: Any) -> None:
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs
-        choice = chunk.choices[0]
+        choice: _Choice = chunk.choices[0]
         content = choice.logprobs.content if choice.logprobs is not None else None
         self.add_ids(
             delta, choice.token_ids or [], choice.finish_reason, content or (), self.generation.sampling.logprobs

@@ -86,8 +86,13 @@ def refusal(status: int, body: bytes, retry_after: str | None = None) -> EngineR
     return EngineRefused(status, text, param=param, retry_after=min(waits, _MAX_RETRY_AFTER_S))
 
 
-def cache_tokens(text: str) -> int | None:
-    """Tokens that an engine's KV cache holds, from vLLM's `/metrics`; None where it does not tell."""
+async def cache_size(url: str, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> int | None:
+    """Tokens that an engine's KV cache holds, from vLLM's `/metrics`; None where it does not tell.
+
+    Raises aiohttp's errors and TimeoutError.
+    """
+    async with session.get(f"{url}/metrics", headers=headers) as reply:
+        text = await reply.text(errors="replace") if reply.status == 200 else ""
     # The whole page takes the parser milliseconds.
     told = "\n".join(line for line in text.splitlines() if line.startswith(_CACHE_SERIES))
     try:

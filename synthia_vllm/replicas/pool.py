@@ -15,7 +15,7 @@ from synthia_vllm.errors import Overloaded
 from synthia_vllm.metrics.replicas import ReplicaView
 from synthia_vllm.replicas.attempt import LossReason
 from synthia_vllm.replicas.detect import COMPLETIONS, GENERATE, Endpoint, detect, least_context
-from synthia_vllm.replicas.http import EngineRefused, cache_tokens, open_session, own_headers
+from synthia_vllm.replicas.http import EngineRefused, cache_size, open_session, own_headers
 from synthia_vllm.replicas.models import ModelList
 from synthia_vllm.replicas.replica import Replica, Waiter
 from synthia_vllm.replicas.routing import Router
@@ -243,7 +243,7 @@ class ReplicaPool:
             async with asyncio.timeout(self.settings.canary_deadline_s):
                 answered = await self._one_token(replica.endpoint)
                 if answered and replica.tokens is None:
-                    replica.tokens = await self._cache_size(replica.endpoint)
+                    replica.tokens = await cache_size(replica.endpoint.url, self.session, self.headers)
         except (aiohttp.ClientError, TimeoutError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError)
             if refused or replica.last_heard <= began:
@@ -282,10 +282,6 @@ class ReplicaPool:
             if reply.status in (404, 405):
                 endpoint.kind = None  # what is there now is something else
             return reply.status == 200
-
-    async def _cache_size(self, endpoint: Endpoint) -> int | None:
-        async with self.session.get(f"{endpoint.url}/metrics", headers=self.headers) as reply:
-            return cache_tokens(await reply.text(errors="replace")) if reply.status == 200 else None
 
     def _out(self, replica: Replica, reason: LossReason) -> None:
         if replica.state == "up" or replica.attempts:

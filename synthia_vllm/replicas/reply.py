@@ -32,6 +32,14 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: _Details | None = None
 
 
+class Chunk(msgspec.Struct):
+    """One event, as far as the routes have it alike."""
+
+    choices: list[Any] | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
 class Reply(ABC):
     """Reads one reply. `replayed` are the ids that come first and that the client has.
 
@@ -39,6 +47,7 @@ class Reply(ABC):
     """
 
     path: ClassVar[str]
+    decoder: ClassVar[msgspec.json.Decoder[Any]]  # of a Chunk
 
     def __init__(self, generation: Generation, transcript: Transcript, replayed: Sequence[int] = ()) -> None:
         self.generation = generation
@@ -59,8 +68,18 @@ class Reply(ABC):
         """The request."""
 
     @abstractmethod
+    def add_choice(self, delta: Delta, chunk: Any) -> None:
+        """Adds to a delta what an event has of the sequence; raises as `add` does."""
+
     def add(self, delta: Delta, data: bytes) -> None:
         """Adds one event to a delta, or raises EngineRefused, AttemptLost, or msgspec's errors and adds nothing."""
+        chunk: Chunk = self.decoder.decode(data)
+        if chunk.error is not None:
+            raise in_band(chunk.error)
+        if chunk.usage is not None:
+            self.usage = chunk.usage
+        if chunk.choices:
+            self.add_choice(delta, chunk)
 
     async def read(self, attempt: Attempt) -> AsyncGenerator[Delta, None]:
         """The deltas, up to one with a finish.

@@ -16,7 +16,7 @@ from synthia_vllm.errors import RequestError, SetupError, UpstreamLost, Upstream
 from synthia_vllm.metrics.replicas import ReplicaView, engine_name
 from synthia_vllm.replicas.attempt import Attempt, AttemptLost
 from synthia_vllm.replicas.detect import Endpoint, detect, least_context
-from synthia_vllm.replicas.http import EngineRefused, cache_tokens, open_session, own_headers, request_headers
+from synthia_vllm.replicas.http import EngineRefused, cache_size, open_session, own_headers, request_headers
 from synthia_vllm.replicas.kinds import reply_of
 from synthia_vllm.replicas.models import ModelList
 from synthia_vllm.replicas.transcript import Transcript
@@ -130,10 +130,8 @@ class Upstreams:
         total = 0
         for target in self._targets:
             try:
-                timeout = aiohttp.ClientTimeout(_CAPACITY_TIMEOUT_S)
-                url = f"{target.endpoint.url}/metrics"
-                async with self._session.get(url, headers=self.headers, timeout=timeout) as reply:
-                    tokens = cache_tokens(await reply.text(errors="replace"))
+                async with asyncio.timeout(_CAPACITY_TIMEOUT_S):
+                    tokens = await cache_size(target.endpoint.url, self._session, self.headers)
             except (aiohttp.ClientError, TimeoutError):
                 return None
             if tokens is None:

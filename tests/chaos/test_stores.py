@@ -63,10 +63,10 @@ def rows() -> int:
 async def fail_to_write(running: House) -> int:
     """Loads until the ledger has noticed; returns how many loads it took."""
     rounds = 0
-    while not running.gateway.ledger._failing and rounds < 20:
+    while not running.gateway.ledger.failing and rounds < 20:
         assert_whole(await running.load(STREAMS, 4))
         rounds += 1
-    await until(lambda: running.gateway.ledger._failing)
+    await until(lambda: running.gateway.ledger.failing)
     return rounds
 
 
@@ -77,7 +77,7 @@ async def test_a_full_disk_stops_nobody_and_loses_no_row(small_disk: Path, repli
             rounds = await fail_to_write(running)
             assert_whole(await running.load())
             filler.unlink()
-            await until(lambda: not running.gateway.ledger._failing)
+            await until(lambda: not running.gateway.ledger.failing)
             await running.calm()
             await asyncio.to_thread(running.gateway.ledger.flush)
             assert running.gateway.ledger.lost == 0
@@ -97,7 +97,7 @@ async def test_a_disk_full_for_too_long_loses_rows_and_says_so(
             for _ in range(3):
                 assert_whole(await running.load(STREAMS, 4))
             filler.unlink()
-            await until(lambda: not running.gateway.ledger._failing)
+            await until(lambda: not running.gateway.ledger.failing)
             await running.calm()
             lost = running.gateway.ledger.lost
     assert lost > 0

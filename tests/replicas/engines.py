@@ -71,10 +71,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class Answers:
-    """An engine that lives, takes text alone, and answers what it is told."""
+    """An engine that lives, takes text alone, and answers what it is told; `tokenize`: what its `/tokenize` says."""
 
-    def __init__(self, answer: ASGIApp) -> None:
+    def __init__(self, answer: ASGIApp, *, tokenize: Any = None) -> None:
         self.answer = answer
+        self.tokenize = tokenize
         self.asked = 0
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[bytes, bytes]] = []
@@ -86,7 +87,9 @@ class Answers:
         self.headers.append(dict(scope["headers"]))
         if scope["path"] == "/v1/models":
             return await JSONResponse({"data": [{"id": "other", "max_model_len": 64}]})(scope, receive, send)
-        if scope["path"] == GENERATE:
+        if scope["path"] == "/tokenize" and self.tokenize is not None:
+            return await JSONResponse(self.tokenize)(scope, receive, send)
+        if scope["path"] in (GENERATE, "/tokenize"):
             return await PlainTextResponse("nothing here", 404)(scope, receive, send)
         if scope["path"] == "/metrics" or json.loads(body).get("prompt") == [1]:
             return await JSONResponse({})(scope, receive, send)

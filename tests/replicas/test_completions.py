@@ -9,10 +9,17 @@ from starlette.types import ASGIApp
 
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
-from benchmarks.null_tokenizer import null_tokenizer
+from benchmarks.null_port import NullEnginePort
+from benchmarks.null_tokenizer import backend, null_tokenizer
+from benchmarks.null_tokens import BOS, SPECIAL, prompt_ids
 from synthia_vllm.engine.port import Delta
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import RequestError, UpstreamLost
 from synthia_vllm.replicas.upstreams import Upstreams
+from synthia_vllm.settings import PromptSettings
+from tests.gateway.asgi import post
+from tests.gateway.stack import Stack
+from tests.gateway.whole import BODIES, CHAT, COMPLETIONS
 from tests.replicas.engines import Answers, Live, asking, count_of, event, read, reply_to, streaming, text_of
 
 DONE = b"data: [DONE]\n\n"
@@ -143,3 +150,47 @@ async def test_a_refusal_in_band_is_the_requests_fault(live: Live) -> None:
     with pytest.raises(RequestError, match="no such grammar") as raised:
         await ask(live, streaming(b"data: " + json.dumps(told).encode() + b"\n\n", DONE))
     assert (raised.value.status, raised.value.param) == (400, "grammar")
+
+
+def without_own_bos() -> Tokenizer:
+    """A tokenizer of a model that has a BOS and does not put it in front of a text by itself."""
+    bare = backend()
+    bare.post_processor = None
+    return Tokenizer(bare, bos=SPECIAL[BOS])
+
+
+@pytest.mark.parametrize("style", ["card", "script"])
+@pytest.mark.parametrize("own_bos", [True, False])
+async def test_a_chat_sent_as_text_has_the_same_ids_as_one_asked_directly(
+    live: Live, own_bos: bool, style: Any
+) -> None:
+    engine = NullEnginePort(tokenizer="null" if own_bos else without_own_bos())
+    direct = Stack(engine, prompt=PromptSettings(style=style))
+    key = {"x-api-key": "sk-alice"}
+    async with Upstreams([live(direct.app)], key="sk-alice") as upstreams:
+        before = Stack(upstreams, prompt=PromptSettings(style=style))
+        for stack in (before, direct):
+            assert (await post(stack.app, BODIES[CHAT], path=CHAT, headers=key)).status == 200
+    through, asked = (list(generation.prompt) for generation in engine.seen)
+    assert through == asked
+    assert through.count(BOS) == 1
+
+
+@pytest.mark.parametrize("own_bos", [True, False])
+async def test_a_completion_sent_as_text_has_the_tokens_of_the_tokenizers_own_rule(live: Live, own_bos: bool) -> None:
+    engine = NullEnginePort(tokenizer="null" if own_bos else without_own_bos())
+    async with Upstreams([live(Stack(engine).app)], key="sk-alice") as upstreams:
+        told = await post(
+            Stack(upstreams).app, BODIES[COMPLETIONS], path=COMPLETIONS, headers={"x-api-key": "sk-alice"}
+        )
+    assert told.status == 200
+    assert list(engine.seen[-1].prompt) == prompt_ids("Hello", bos=own_bos)
+
+
+@pytest.mark.parametrize("answer", [[5], [], {}, {"tokens": "x"}, {"tokens": [7]}, {"tokens": [7], "token_strs": []}])
+async def test_a_chat_goes_as_it_is_to_an_engine_that_tells_nothing_of_its_bos(live: Live, answer: Any) -> None:
+    engine = Answers(streaming(event({"text": "a"}), event(STOP), DONE), tokenize=answer)
+    async with Upstreams([live(engine)]) as upstreams:
+        told = await post(Stack(upstreams).app, BODIES[CHAT], path=CHAT, headers={"x-api-key": "sk-alice"})
+    assert told.status == 200
+    assert engine.seen[-1]["prompt"] == "USER: Hello\nASSISTANT:"

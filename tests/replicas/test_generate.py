@@ -35,7 +35,7 @@ FULL = Sampling(
     frequency_penalty=0.2, repetition_penalty=1.1, seed=2**63 - 1, stop=("a", "b"), stop_token_ids=(7,),
     ignore_eos=True, skip_special_tokens=False, spaces_between_special_tokens=False, logprobs=3, logit_bias={5: -1.5},
     allowed_token_ids=(1, 2), bad_words=("x",), structured_outputs={"json": {"type": "object"}},
-    stream_interval=4, extra_args={"mine": [1, 2]},
+    extra_args={"mine": [1, 2]},
 )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_vllm_reads_all_of_a_completion() -> None:
     params = asked.to_sampling_params(9, {})
     assert (asked.prompt, asked.model, asked.cache_salt) == ([BOS, 5], "m", "pepper")
     assert (asked.return_token_ids, asked.return_tokens_as_token_ids) == (True, True)
-    for name in set(FULL.__struct_fields__) - {"structured_outputs", "stream_interval"}:
+    for name in set(FULL.__struct_fields__) - {"structured_outputs"}:
         wanted, found = getattr(FULL, name), getattr(params, name)
         assert found == (list(wanted) if isinstance(wanted, tuple) else wanted), name
 

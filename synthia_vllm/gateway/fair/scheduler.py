@@ -58,9 +58,8 @@ class Scheduler:
         self.queued_requests = 0
         self.queued_tokens = 0
         self.running: dict[str, int] = {}  # user: requests in the engine
-        self._owed: dict[
-            str, float
-        ] = {}  # the same users: predicted cost of what their requests have still to generate
+        # The same users: predicted cost of what their requests have still to generate.
+        self._owed: dict[str, float] = {}
         self._queues: dict[str, deque[Ticket]] = {}  # users with waiting requests only
         self._backlog: dict[str, float] = {}  # the same users: cost of what they have waiting
         self._ageing = ageing

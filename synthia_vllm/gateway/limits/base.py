@@ -1,6 +1,5 @@
 """What a counter of users' limits does, wherever it counts."""
 
-import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -54,13 +53,3 @@ def month_of(now: float) -> tuple[str, float, float]:
     start = datetime.fromtimestamp(now, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     end = start.replace(year=start.year + start.month // 12, month=start.month % 12 + 1)
     return start.strftime("%Y-%m"), start.timestamp(), end.timestamp()
-
-
-def longest(refusals: list[Refusal]) -> Refusal | None:
-    """The one that decides: all must have passed before the request gets in."""
-    return max(refusals, key=lambda refusal: refusal.retry_after, default=None)
-
-
-def too_large(reason: str, limit: int | None, tokens: int) -> Refusal | None:
-    """For a request that is over a limit by itself."""
-    return Refusal(reason, limit, math.inf) if limit is not None and tokens > limit else None

@@ -1,14 +1,14 @@
 """Limits counted in this process: for one gateway."""
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 
 from synthia_vllm.gateway.accounts import UserLimits
-from synthia_vllm.gateway.limits.base import WINDOW_S, Refusal, Standing, longest, month_of, too_large
+from synthia_vllm.gateway.limits.base import WINDOW_S, Refusal, Standing, month_of
 
 Spent = Callable[[str, float], int]
 _MOST_USERS = 10_000  # beyond, those with nothing in the window are forgotten, and again at each doubling
@@ -106,20 +106,14 @@ class MemoryLimiter:
         now = self._clock()
         state.expire(now)
         month, _, month_end = month_of(now)
-        refusal = longest(
-            [
-                refusal
-                for refusal in (
-                    self._requests(state, limits.requests_per_minute, now),
-                    self._tokens(state, limits.tokens_per_minute, tokens, now),
-                    self._concurrent(state, limits.concurrent_requests, now),
-                    self._month(state, limits.tokens_per_month, tokens, month, month_end - now),
-                )
-                if refusal is not None
-            ]
+        found = (
+            self._requests(state, limits.requests_per_minute, now),
+            self._tokens(state, limits.tokens_per_minute, tokens, now),
+            self._concurrent(state, limits.concurrent_requests, now),
+            self._month(state, limits.tokens_per_month, tokens, month, month_end - now),
         )
-        if refusal is not None:
-            return refusal
+        if refusals := [refusal for refusal in found if refusal is not None]:
+            return max(refusals, key=lambda refusal: refusal.retry_after)  # all must have passed
         admission = _Admission(now, tokens, month)
         state.window.append(admission)
         state.window_tokens += tokens
@@ -139,10 +133,10 @@ class MemoryLimiter:
     def _tokens(self, state: _User, limit: int | None, tokens: int, now: float) -> Refusal | None:
         if limit is None or state.window_tokens + tokens <= limit:
             return None
-        if refusal := too_large("tokens_per_minute", limit, tokens):
-            return refusal
+        if tokens > limit:
+            return Refusal("tokens_per_minute", limit, math.inf)
         excess = state.window_tokens + tokens - limit
-        for admission in islice(state.window, len(state.window)):
+        for admission in state.window:
             excess -= admission.tokens
             if excess <= 0:
                 return Refusal("tokens_per_minute", limit, admission.at + WINDOW_S - now)
@@ -157,4 +151,4 @@ class MemoryLimiter:
     def _month(self, state: _User, limit: int | None, tokens: int, month: str, left: float) -> Refusal | None:
         if limit is None or state.months.get(month, 0) + tokens <= limit:
             return None
-        return too_large("tokens_per_month", limit, tokens) or Refusal("tokens_per_month", limit, left)
+        return Refusal("tokens_per_month", limit, math.inf if tokens > limit else left)

@@ -3,15 +3,14 @@
 import logging
 import sys
 from time import perf_counter
+from typing import Any
 
 import structlog
 
-from synthia_vllm.gateway.request import Exchange, Observer
+from synthia_vllm.gateway.request import POLLED, Exchange, Observer
 from synthia_vllm.settings import LogSettings
 
-_QUIET = ("/health", "/ready", "/metrics", "/sd")  # asked by machines, all the time
-
-_POLLED = ("/admin/live",)  # by pages that are open; a refusal is worth a line
+_LIVE = "/admin/live"  # polled by pages that are open; a refusal is worth a line
 
 
 def configure_logging(settings: LogSettings) -> None:
@@ -26,12 +25,24 @@ def configure_logging(settings: LogSettings) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.dict_tracebacks if settings.format == "json" else structlog.processors.format_exc_info,
+            *([] if settings.format == "json" else [_printable]),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def _printable(_: Any, __: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Shows a terminal nothing that it would obey: paths, names and texts are the clients'. JSON escapes by itself."""
+    return {name: _escaped(value, keep="\n\t") if isinstance(value, str) else value for name, value in line.items()}
+
+
+def _escaped(text: str, *, keep: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(it if it.isprintable() or it in keep else it.encode("unicode_escape").decode() for it in text)
 
 
 class RequestLog(Observer):
@@ -43,7 +54,7 @@ class RequestLog(Observer):
         self._logger = structlog.get_logger("synthia_vllm.requests")
 
     def ended(self, exchange: Exchange) -> None:
-        if not self._on or exchange.route in _QUIET or (exchange.route in _POLLED and exchange.status == 200):
+        if not self._on or exchange.route in POLLED or (exchange.route == _LIVE and exchange.status == 200):
             return
         line = {
             "request_id": exchange.request_id,
@@ -58,8 +69,8 @@ class RequestLog(Observer):
             "queue_s": round(exchange.queue_wait, 4),
             "duration_s": round((exchange.ended or perf_counter()) - exchange.arrived, 4),
         }
-        if exchange.usage.first_token is not None:
-            line["time_to_first_token_s"] = round(exchange.usage.first_token - exchange.arrived, 4)
+        if exchange.time_to_first_token is not None:
+            line["time_to_first_token_s"] = round(exchange.time_to_first_token, 4)
         if exchange.reason:
             line["reason"] = exchange.reason
         if self._texts and exchange.body is not None:

@@ -6,15 +6,15 @@ at a chat's start, the usage at its end) is none. All of it costs well under 3 Â
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from synthia_vllm.gateway.request import Exchange, Observer
+from synthia_vllm.gateway.request import POLLED, Exchange, Observer
 from synthia_vllm.metrics.cells import Count, Histogram
 from synthia_vllm.metrics.rates import Tokens
 from synthia_vllm.metrics.recorder import Recorder
 from synthia_vllm.metrics.series import LOCAL
 from synthia_vllm.metrics.slo import meets
-
-_UNCOUNTED = ("/health", "/ready", "/metrics", "/sd")  # asked by machines, all the time
 
 
 class Metrics(Observer):
@@ -27,65 +27,42 @@ class Metrics(Observer):
         self._open: dict[str, Delivery] = {}
 
     def opened(self, exchange: Exchange) -> None:
-        self._open[exchange.id] = Delivery(self, exchange)
+        self._open[exchange.id] = Delivery(self, exchange, self.recorder.clock)
 
     def sent(self, exchange: Exchange, chunks: int, tokens: int) -> None:
         self._open[exchange.id].sent(chunks, tokens)
 
     def ended(self, exchange: Exchange) -> None:
         delivery = self._open.pop(exchange.id)
-        if exchange.route not in _UNCOUNTED:
+        if exchange.route not in POLLED:
             delivery.end()
 
 
+@dataclass(slots=True, eq=False)
 class Delivery:
     """One reply on its way out."""
 
-    __slots__ = (
-        "_bound",
-        "_clock",
-        "_cost",
-        "_exchange",
-        "_first",
-        "_gap_bounds",
-        "_gap_counts",
-        "_gaps",
-        "_generated",
-        "_generation",
-        "_last",
-        "_longest",
-        "_metrics",
-        "_model",
-        "_prompt",
-        "_replica",
-        "_service",
-        "_tokens",
-        "_user",
-        "_waited",
-    )
-
-    _gaps: Histogram
-    _gap_counts: list[int]
-    _gap_bounds: tuple[float, ...]
-    _generation: Count
-    _service: Count
-    _tokens: Tokens
-
-    def __init__(self, metrics: Metrics, exchange: Exchange) -> None:
-        self._metrics = metrics
-        self._exchange = exchange
-        self._clock = metrics.recorder.clock
-        self._user = ""  # label; empty until it is known
-        self._model = ""
-        self._replica = ""
-        self._cost = 0.0  # of a generated token, over the user's weight
-        self._generated = 0  # tokens counted
-        self._prompt = 0
-        self._first = 0.0
-        self._last = 0.0
-        self._longest = 0.0
-        self._waited = False
-        self._bound = False
+    _metrics: Metrics
+    _exchange: Exchange
+    _clock: Callable[[], float]
+    _user: str = ""  # label; empty until it is known
+    _model: str = ""
+    _replica: str = ""
+    _cost: float = 0.0  # of a generated token, over the user's weight
+    _generated: int = 0  # tokens counted
+    _prompt: int = 0
+    _first: float = 0.0
+    _last: float = 0.0
+    _longest: float = 0.0
+    _waited: bool = False
+    _bound: bool = False
+    # Once the first token is out:
+    _gaps: Histogram = field(init=False)
+    _gap_counts: list[int] = field(init=False)
+    _gap_bounds: tuple[float, ...] = field(init=False)
+    _generation: Count = field(init=False)
+    _service: Count = field(init=False)
+    _tokens: Tokens = field(init=False)
 
     def sent(self, chunks: int, tokens: int) -> None:
         """So many chunks went out together. Nothing in here may wait or be slow."""

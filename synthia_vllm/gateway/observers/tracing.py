@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from synthia_vllm.errors import SetupError
-from synthia_vllm.gateway.request import Exchange, Observer
+from synthia_vllm.gateway.request import POLLED, Exchange, Observer
 from synthia_vllm.settings import TracingSettings
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
-
-TRACE_HEADERS = ("traceparent", "tracestate")
-_UNTRACED = ("/health", "/ready", "/metrics", "/sd")
 
 
 class Tracing(Observer):
@@ -42,7 +39,7 @@ class Tracing(Observer):
         self._open: dict[str, Trace] = {}
 
     def opened(self, exchange: Exchange) -> None:
-        if exchange.route not in _UNTRACED:
+        if exchange.route not in POLLED:
             self._open[exchange.id] = Trace(self._tracer, exchange)
 
     def attempt(self, exchange: Exchange, replica: str, sequence: int = 0) -> Mapping[str, str]:

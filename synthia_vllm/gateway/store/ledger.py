@@ -37,19 +37,14 @@ class Ledger(Observer):
 
     def __init__(self, engine: Engine, *, interval: float = INTERVAL_S) -> None:
         self.lost = 0  # rows dropped because the database was gone for too long
+        self.failing = False  # the database did not take the last batch
         self._engine = engine
         self._interval = interval
         self._waiting: deque[dict[str, Any]] = deque()
         self._batch: list[dict[str, Any]] = []  # being written
         self._writing = threading.Lock()  # the thread of `run` may still write when `close` does
         self._id = uuid4().hex
-        self._failing = False
         self._open()
-
-    @property
-    def failing(self) -> bool:
-        """Whether the database did not take the last batch."""
-        return self._failing
 
     @property
     def waiting(self) -> int:
@@ -78,23 +73,18 @@ class Ledger(Observer):
     def flush(self) -> bool:
         """Writes what waits; False if the database did not take it."""
         with self._writing:
-            return self._flush()
-
-    def _flush(self) -> bool:
-        try:
-            while self._write():
-                pass
-        except SQLAlchemyError as error:
-            if not self._failing:
-                _log.error(
-                    "ledger_failing", waiting=len(self._waiting) + len(self._batch), error=str(error).splitlines()[0]
-                )
-            self._failing = True
-            return False
-        if self._failing:
-            _log.info("ledger_writing_again", lost=self.lost)
-        self._failing = False
-        return True
+            try:
+                while self._write():
+                    pass
+            except SQLAlchemyError as error:
+                if not self.failing:
+                    _log.error("ledger_failing", waiting=self.waiting, error=str(error).splitlines()[0])
+                self.failing = True
+                return False
+            if self.failing:
+                _log.info("ledger_writing_again", lost=self.lost)
+            self.failing = False
+            return True
 
     def close(self) -> None:
         """Writes the rest and says that nothing is missing."""
@@ -102,7 +92,7 @@ class Ledger(Observer):
             with Session(self._engine) as session, session.begin():
                 session.execute(update(Writer).where(Writer.id == self._id).values(ended=time.time()))
         else:
-            _log.error("ledger_rows_lost", rows=len(self._waiting) + len(self._batch))
+            _log.error("ledger_rows_lost", rows=self.waiting)
 
     def _write(self) -> bool:
         """One batch; True if there may be more. A batch that fails is kept and tried again."""
@@ -133,7 +123,6 @@ class Ledger(Observer):
 def row_of(exchange: Exchange) -> dict[str, Any]:
     """An exchange as a row of the ledger."""
     ended = exchange.ended if exchange.ended is not None else time.perf_counter()
-    first_token = exchange.usage.first_token
     return {
         "id": exchange.id,
         "request_id": exchange.request_id,
@@ -144,7 +133,7 @@ def row_of(exchange: Exchange) -> dict[str, Any]:
         "arrived_at": exchange.arrived_at,
         "duration": ended - exchange.arrived,
         "queue_wait": exchange.queue_wait,
-        "time_to_first_token": first_token - exchange.arrived if first_token is not None else None,
+        "time_to_first_token": exchange.time_to_first_token,
         "prompt_tokens": exchange.usage.billed_prompt,
         "generated_tokens": exchange.usage.billed_generated,
         "status": exchange.status,

@@ -44,7 +44,8 @@ def slow_inserts(engine: Engine, seconds: float) -> Iterator[threading.Event]:
 def test_an_exchange_becomes_a_row(engine: Engine, make_exchange: MakeExchange) -> None:
     ledger = Ledger(engine)
     exchange = make_exchange("a", prompt=100, generated=23, arrived_at=1_800_000_000.25)
-    exchange.usage.first_token = exchange.arrived + 0.5
+    exchange.usage.first_token = exchange.arrived + 0.1
+    exchange.first_sent = exchange.arrived + 0.5
     ledger.add(exchange)
     assert ledger.flush()
     with Session(engine) as session:
