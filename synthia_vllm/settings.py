@@ -5,8 +5,10 @@
 credentials, Kubernetes' and Docker's secrets are.
 """
 
+import difflib
 import os
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,17 +26,20 @@ from pydantic import (
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
+    InitSettingsSource,
     NestedSecretsSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
+    SettingsError,
 )
 
+from synthia_vllm.config_file import read_config
 from synthia_vllm.errors import SetupError
 from synthia_vllm.prompt import MarkerPolicy, Style
 
 CONFIG_VARIABLE = "SYNTHIA_CONFIG"
 SECRETS_VARIABLE = "SYNTHIA_SECRETS"
+_SECRET = ("--access.secret", "--upstream-key")  # never told
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -433,8 +438,18 @@ class Settings(BaseSettings):
         if folder := os.environ.get(SECRETS_VARIABLE):
             sources.append(NestedSecretsSettingsSource(file_secret_settings, folder, secrets_prefix=""))
         if path := os.environ.get(CONFIG_VARIABLE):
-            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=Path(path)))
+            sources.append(InitSettingsSource(settings_cls, read_config(path)))
         return tuple(sources)
+
+
+def refuse_gateways_options(settings: Settings, prog: str) -> None:
+    """For a command that loads its own engine. Raises SetupError where engines elsewhere are named."""
+    for name in ("upstream", "upstream_key", "resume", "tokenizer"):
+        if getattr(settings, name) != Settings.model_fields[name].default:
+            raise SetupError(
+                f"--{name.replace('_', '-')}: `{prog}` loads an engine here and asks none elsewhere; "
+                "use `synthia-vllm gateway`, or leave it out"
+            )
 
 
 def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve") -> Settings:
@@ -445,17 +460,49 @@ def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve")
     config = _option(argv, "--config")
     if config is not None:
         os.environ[CONFIG_VARIABLE] = config
-    path = os.environ.get(CONFIG_VARIABLE)
-    if path and not Path(path).is_file():
-        raise SetupError(f"--config {path}: there is no such file")
     secrets = os.environ.get(SECRETS_VARIABLE)
     if secrets and not Path(secrets).is_dir():
         raise SetupError(f"{SECRETS_VARIABLE} {secrets}: there is no such folder; it holds one file a secret")
     try:
-        source: CliSettingsSource[Settings] = CliSettingsSource(Settings, cli_prog_name=prog, cli_parse_args=list(argv))
+        source: CliSettingsSource[Settings] = CliSettingsSource(
+            Settings, cli_prog_name=prog, cli_parse_args=list(argv), cli_exit_on_error=False, parse_args_method=_parse
+        )
         return Settings(_cli_settings_source=source)  # type: ignore[call-arg]
     except ValidationError as error:
         raise SetupError("\n".join(_explain(problem) for problem in error.errors())) from None
+    except SettingsError as error:  # a command line or a variable that can't be read at all
+        cause = f": {error.__cause__}" if error.__cause__ else ""
+        raise SetupError(f"{str(error).removeprefix('error parsing CLI: ')}{cause}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{SECRETS_VARIABLE} {secrets}: {error}") from None
+
+
+def _parse(parser: ArgumentParser, argv: Sequence[str], namespace: Namespace | None = None) -> Namespace:
+    """Parses a command line, and refuses what it does not know without telling all that it does know."""
+    found, unknown = parser.parse_known_args(argv, namespace)
+    if unknown:
+        options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        raise SetupError("\n".join(map(_no_such, options)) or f"{unknown[0]!r} belongs to no option; see --help")
+    return found
+
+
+def _no_such(option: str) -> str:
+    usual = option.replace("_", "-").lower()
+    options = list(_options(Settings))
+    below = [it for it in options if it.endswith(f".{usual.lstrip('-')}")]  # its group was left out
+    nearest = below or difflib.get_close_matches(usual, options, n=1)
+    if nearest == [option]:  # right on the command line
+        return f"{option[2:]}: in a file it is written {option[2:].replace('-', '_')}"
+    return f"{option}: there is no such option; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}"
+
+
+def _options(model: type[BaseModel], prefix: str = "--") -> Iterator[str]:
+    """All options and groups of options, as the command line has them."""
+    for name, field in model.model_fields.items():
+        option = prefix + name.replace("_", "-")
+        yield option
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _options(field.annotation, f"{option}.")
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:
@@ -472,6 +519,7 @@ def _explain(problem: object) -> str:
     assert isinstance(problem, dict)
     option = "--" + ".".join(str(part).replace("_", "-") for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"{option}: there is no such option; see --help"
+        return _no_such(option)
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{option} {problem['input']!r}: {message}"
+    value = "" if option in _SECRET else f" {problem['input']!r}"
+    return f"{option}{value}: {message}"

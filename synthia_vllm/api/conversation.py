@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from synthia_vllm.api.base import Model
+from synthia_vllm.engine.rendered import Rendered
 from synthia_vllm.errors import ContextTooLong, RequestError
 from synthia_vllm.prompt import MODEL_ALIASES, SYSTEM_PROMPTS, escape_markers, find_marker, render
 
@@ -117,7 +118,7 @@ def rendered(
         )
 
     whole = written(bos, lead)
-    text = written("", "") if lead else whole[len(bos) :]
+    text = Rendered(written("", "") if lead else whole[len(bos) :])
     if tokenizer is None:
         return Prompt((), text, estimate_tokens(text), exact=False)
     check_size(whole, model, param)

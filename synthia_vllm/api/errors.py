@@ -4,13 +4,14 @@ OpenAI's: *Error codes* of its API reference, and `openai.types.shared.ErrorObje
 reference, and `anthropic.types.shared`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from synthia_vllm.errors import RequestError, SynthiaError
 
 ErrorForm = Callable[[SynthiaError, str], dict[str, Any]]
 
+NO_HEADERS: Mapping[bytes, bytes] = {}
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -41,9 +42,14 @@ def anthropic_form(error: SynthiaError, request_id: str = "") -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id or None}
 
 
-def form_of(path: str) -> ErrorForm:
-    """By the route that was asked, so that errors before any API has seen the request have its form too."""
-    return anthropic_form if path == "/v1/messages" or path.startswith("/v1/messages/") else openai_form
+def form_of(path: str, headers: Mapping[bytes, bytes] = NO_HEADERS) -> ErrorForm:
+    """By the route that was asked, so that errors before any API has seen the request have its form too.
+
+    The models are asked for by both APIs' clients: there a header tells whose it is, that Anthropic's always send.
+    """
+    theirs = path == "/v1/messages" or path.startswith("/v1/messages/")
+    shared = path == "/v1/models" or path.startswith("/v1/models/")
+    return anthropic_form if theirs or (shared and b"anthropic-version" in headers) else openai_form
 
 
 _OURS = "the server failed on this request; the operator's log tells more under its request id"

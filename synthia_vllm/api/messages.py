@@ -3,7 +3,9 @@
 Objects and events are those of `anthropic.types`; vLLM's sampling fields are taken beside Anthropic's own.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -39,6 +41,8 @@ from synthia_vllm.errors import RequestError, SynthiaError
 # Claude Code's system prompt begins with a block that holds a hash of the request. It would defeat the prefix cache;
 # vLLM's own route leaves it out, too.
 _ATTRIBUTION = "x-anthropic-billing-header"
+# A reply's reasoning, which Anthropic's clients send back with it: the model has none, and it is no part of the turn.
+_THINKING = ("thinking", "redacted_thinking")
 _encode = msgspec.json.Encoder().encode
 
 
@@ -51,6 +55,12 @@ class Typed(msgspec.Struct, kw_only=True):
 class OutputFormat(msgspec.Struct, kw_only=True):
     type: Literal["json_schema"]
     schema: dict[str, Any]
+
+
+class OutputConfigFormat(ResponseFormat, kw_only=True):
+    """An `output_config.format` as the routes that had it first call it."""
+
+    param: ClassVar[str] = "output_config.format"
 
 
 class OutputConfig(msgspec.Struct, kw_only=True):
@@ -127,6 +137,25 @@ class CountTokens:
     def answer(self, request: CountRequest, model: Model) -> bytes:
         _, prompt, _ = _prompt(request, model)
         return _encode({"input_tokens": prompt.tokens})
+
+
+def model_info(name: str, created: int, context: int | None) -> dict[str, Any]:
+    """An `anthropic.types.ModelInfo`; `created` is Unix time."""
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": context,
+        "max_tokens": context,
+    }
+
+
+def model_page(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All of them on one page of Anthropic's `GET /v1/models`."""
+    names = [one["id"] for one in models] or [None]
+    return {"data": models, "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
 
 class WholeMessage:
@@ -229,7 +258,7 @@ def _prompt(request: MessagesRequest | CountRequest, model: Model) -> tuple[list
     if isinstance(system, list):
         system = [part for part in system if not (part.text or "").startswith(_ATTRIBUTION)]
     messages = conversation(
-        request.messages,
+        [_without_thinking(message) for message in request.messages],
         model_name=request.model or "",
         model=model,
         system=text_of(system, "system", model, "system"),
@@ -238,6 +267,13 @@ def _prompt(request: MessagesRequest | CountRequest, model: Model) -> tuple[list
     prefilled = last.role == "assistant"
     prompt = rendered(messages, model, continue_final_message=prefilled)
     return messages, prompt, prefilled and bool(messages[-1]["content"])
+
+
+def _without_thinking(message: Message) -> Message:
+    if message.role != "assistant" or not isinstance(message.content, list):
+        return message
+    said = [part for part in message.content if part.type not in _THINKING]
+    return message if len(said) == len(message.content) else msgspec.structs.replace(message, content=said)
 
 
 def _response_format(request: MessagesRequest) -> ResponseFormat | None:
@@ -251,7 +287,7 @@ def _response_format(request: MessagesRequest) -> ResponseFormat | None:
             param="structured_outputs",
         )
     check_schema(wanted.schema, "output_config.format.schema")
-    return ResponseFormat(type="json_schema", json_schema=JsonSchema(name="output", schema=wanted.schema))
+    return OutputConfigFormat(type="json_schema", json_schema=JsonSchema(name="output", schema=wanted.schema))
 
 
 def _usage(counts: Counts) -> dict[str, int]:

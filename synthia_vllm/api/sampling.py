@@ -1,7 +1,7 @@
 """Sampling: the fields that OpenAI's routes share, with vLLM's names and their bounds, and what the engine gets."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -58,6 +58,8 @@ class JsonSchema(msgspec.Struct, kw_only=True):
 
 class ResponseFormat(msgspec.Struct, kw_only=True):
     """OpenAI's three kinds, and vLLM's `structural_tag` in its two forms."""
+
+    param: ClassVar[str] = "response_format"  # the field that the client wrote
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
@@ -252,7 +254,7 @@ def structured_outputs(
             raise RequestError(f"{param}.json_object is true or not given", param=f"{param}.json_object")
         fields = {name: value for name in given.__struct_fields__ if (value := getattr(given, name)) is not None}
     if response_format is not None and response_format.type != "text":
-        param = "response_format"
+        param = response_format.param
         fields |= _of_response_format(response_format)
     if not fields and given is None:
         return None
@@ -261,6 +263,13 @@ def structured_outputs(
     if "choice" in fields:
         fields = with_grammar_for_choice(fields)
     return fields
+
+
+def constraint_param(request: SamplingFields) -> str | None:
+    """The field in which the client wrote its schema or grammar."""
+    if request.response_format is not None and request.response_format.type != "text":
+        return request.response_format.param
+    return "structured_outputs" if request.structured_outputs is not None else None
 
 
 def check_schema(value: Any, param: str) -> None:

@@ -52,13 +52,14 @@ class Tokenize:
         return msgspec.json.encode(told)
 
     def _ids(self, request: TokenizeRequest, model: Model, tokenizer: Tokenizer) -> Any:
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError("send either prompt, a text, or messages", param="prompt")
         if request.messages is not None:
             refuse_tools(request.tools, None)
             check_continued(request.messages, request.continue_final_message, request.add_generation_prompt)
             messages = conversation(request.messages, model_name=request.model or "", model=model)
             return rendered(messages, model, continue_final_message=bool(request.continue_final_message)).ids
-        if request.prompt is None:
-            raise RequestError("prompt is a text; or send messages", param="prompt")
+        assert request.prompt is not None
         if request.add_special_tokens is False:
             return tokenizer.encode(request.prompt)
         return tokenizer.encode_with_bos(request.prompt)

@@ -6,7 +6,7 @@ import click
 
 from synthia_vllm import __version__
 from synthia_vllm.cli.lazy import LazyGroup
-from synthia_vllm.errors import SynthiaError
+from synthia_vllm.errors import SetupError, SynthiaError
 
 # name: (module, one line of help). Listed here so that --help imports none of them.
 COMMANDS = {
@@ -25,14 +25,19 @@ COMMANDS = {
     "doctor": ("synthia_vllm.cli.doctor", "Tell what would stop or slow down `serve` on this machine."),
 }
 
+_STARTING_VLLM = ("serve", "cluster", "deploy", "eval", "doctor")  # doctor: looks at the options of serve
+
 
 @click.group(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="synthia-vllm")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Synthia-v3.0-11B for many users: vLLM behind the Synthia prompt contract.
 
     Start with `synthia-vllm serve`, then `synthia-vllm chat` in another terminal.
     """
+    if context.obj and context.invoked_subcommand not in _STARTING_VLLM:
+        raise SetupError(f"--: what follows is vLLM's, and `{context.invoked_subcommand}` starts none; leave it out")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import LOOPBACK, Settings, load_settings
+from synthia_vllm.settings import LOOPBACK, Settings, load_settings, refuse_gateways_options
 
 if TYPE_CHECKING:
     from synthia_vllm.cluster.local import LocalRay
@@ -35,6 +35,7 @@ def command() -> None:
 def up_command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
     """Start the cluster, or roll the one that runs to other options: --replicas N, --port, --model, --help for all."""
     settings = load_settings(long_forms(words), prog=f"{PROG} up")
+    refuse_gateways_options(settings, f"{PROG} up")
     sys.exit(up(settings, vllm_options or [], Console(stderr=True, soft_wrap=True)))
 
 
@@ -44,6 +45,7 @@ def up_command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
 def config_command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
     """Print what `up` would deploy, as a Serve config for `serve deploy` and KubeRay."""
     settings = load_settings(long_forms(words), prog=f"{PROG} config")
+    refuse_gateways_options(settings, f"{PROG} config")
     click.echo(config_text(_with_model(settings), vllm_options or []))
 
 

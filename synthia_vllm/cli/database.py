@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.store.inputs import end_time, unix_time
 from synthia_vllm.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -26,17 +27,17 @@ database_option = click.option(
 )
 
 
-def open_from(database: str | None) -> tuple["Engine", Settings]:
+def open_from(database: str | None, *, read_only: bool = False) -> tuple["Engine", Settings]:
     """The database of the settings (environment, YAML), unless one is named."""
     from synthia_vllm.gateway.store.database import open_database
 
     settings = load_settings([])
-    return open_database(database or settings.access.database), settings
+    return open_database(database or settings.access.database, read_only=read_only), settings
 
 
 def span(text: str) -> float | None:
     """Seconds of `30d`, `12h`, `15m`; None for what is no span."""
-    found = re.fullmatch(r"(\d+)([smhdw])", text.strip())
+    found = re.fullmatch(r"(\d{1,9})([smhdw])", text.strip())
     return int(found[1]) * _UNITS[found[2]] if found else None
 
 
@@ -49,12 +50,11 @@ def moment(text: str | None, option: str, *, future: bool = False) -> float | No
         return None
     seconds = span(text)
     try:
-        if seconds is not None:
+        if seconds or (seconds == 0 and not future):
             return (datetime.now(UTC) + timedelta(seconds=seconds if future else -seconds)).timestamp()
-        found = datetime.fromisoformat(text)
-    except (ValueError, OverflowError):
-        raise SetupError(f"{option} {text!r}: a date like 2027-01-31, or a span like 30d, 12h, 15m") from None
-    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        return end_time(text) if future else unix_time(text)
+    except (ValueError, OverflowError) as error:
+        raise SetupError(f"{option} {text!r}: {error}; or a span like 30d, 12h, 15m") from None
 
 
 def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str) -> None:
@@ -77,8 +77,3 @@ def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str) -> N
 def _cell(value: Any) -> Text:
     """Text as it is: a model's name is the client's, and neither markup nor a terminal's command."""
     return Text("" if value is None else "".join(c if c.isprintable() else "\ufffd" for c in str(value)))
-
-
-def utc(seconds: float | None) -> str | None:
-    """A Unix time for people."""
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")

@@ -1,21 +1,28 @@
 """`synthia-vllm keys`."""
 
 import math
-import re
-import time
 from typing import Any
 
 import click
 
-from synthia_vllm.cli.database import database_option, moment, open_from, show, span, utc
+from synthia_vllm.cli.database import database_option, moment, open_from, show, span
 from synthia_vllm.errors import SetupError
-from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME
+from synthia_vllm.gateway.accounts import MAX_LIMIT
+from synthia_vllm.gateway.store.inputs import MAX_GRACE_S, iso_time, model_name, user_name
 
 
-def _name(context: click.Context, option: click.Parameter, value: str) -> str:
-    if not re.fullmatch(USER_NAME, value):
-        raise click.BadParameter("1 to 64 letters, digits or any of . _ @ : + -")
-    return value
+def _user(context: click.Context, option: click.Parameter, value: str) -> str:
+    try:
+        return user_name(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _models(context: click.Context, option: click.Parameter, value: tuple[str, ...]) -> list[str]:
+    try:
+        return [model_name(one) for one in value]
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _number(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -33,7 +40,7 @@ def command() -> None:
 
 
 @command.command("create")
-@click.option("--user", required=True, callback=_name, help="Whom the key belongs to; made if need be.")
+@click.option("--user", required=True, callback=_user, help="Whom the key belongs to; made if need be.")
 @click.option("--admin", is_flag=True, help="A key for /admin and /metrics, and for nothing else.")
 @click.option(
     "--weight", type=click.FloatRange(0.001, 1000), callback=_number, help="Share of the engine under backlog."
@@ -43,8 +50,8 @@ def command() -> None:
 @click.option("--tokens-per-minute", type=click.IntRange(1, MAX_LIMIT), help="Prompt and generated tokens.")
 @click.option("--concurrent-requests", type=click.IntRange(1, MAX_LIMIT))
 @click.option("--tokens-per-month", type=click.IntRange(1, MAX_LIMIT), help="Per calendar month, UTC.")
-@click.option("--models", multiple=True, help="Only these; may be given several times.")
-@click.option("--expires", help="A date like 2027-01-31, or a span like 30d.")
+@click.option("--models", multiple=True, callback=_models, help="Only these; may be given several times.")
+@click.option("--expires", help="A date like 2027-01-31 (UTC), or a span like 30d.")
 @database_option
 def create(user: str, admin: bool, expires: str | None, database: str | None, **given: Any) -> None:
     """Make a key and print it, once. Options set what holds for the user, whichever of its keys is used."""
@@ -52,8 +59,6 @@ def create(user: str, admin: bool, expires: str | None, database: str | None, **
 
     store = _store(database)
     ends = moment(expires, "--expires", future=True)
-    if ends is not None and ends <= time.time():
-        raise SetupError(f"--expires {expires}: that is past")
     limits = UserLimits(**{name: given.pop(name) for name in UserLimits.__slots__})
     key_id, key = store.create(user, admin=admin, expires=ends, limits=limits, **given)
     _tell(key_id, key, user)
@@ -64,11 +69,13 @@ def create(user: str, admin: bool, expires: str | None, database: str | None, **
 @database_option
 def list_keys(form: str, database: str | None) -> None:
     """Show all keys with their users; never what would open anything."""
-    store = _store(database)
+    from synthia_vllm.gateway.store.keys import KeyStore
+
+    store = KeyStore(open_from(database, read_only=True)[0], b"")  # nothing is looked up by its hash
     users = {user["name"]: user for user in store.list_users()}
     rows = []
     for key in store.list_keys():
-        times = {name: utc(key[name]) for name in ("created", "expires", "revoked")}
+        times = {name: iso_time(key[name]) for name in ("created", "expires", "revoked")}
         rows.append({**users[key["user"]], **key, **times})
     columns = ["id", "user", "admin", "weight", "priority", "requests_per_minute", "tokens_per_minute"]
     columns += ["concurrent_requests", "tokens_per_month", "models", "created", "expires", "revoked"]
@@ -82,8 +89,8 @@ def list_keys(form: str, database: str | None) -> None:
 def rotate(key_id: str, grace: str, database: str | None) -> None:
     """Make a new key in the place of KEY_ID and print it, once."""
     seconds = span(grace)
-    if seconds is None:
-        raise SetupError(f"--grace {grace!r}: a span like 30m, 12h, 7d")
+    if seconds is None or seconds > MAX_GRACE_S:
+        raise SetupError(f"--grace {grace!r}: a span like 30m, 12h, 7d, of at most {MAX_GRACE_S / 86_400:.0f}d")
     new_id, key = _store(database).rotate(key_id, seconds)
     _tell(new_id, key, f"instead of {key_id}")
 

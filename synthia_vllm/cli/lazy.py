@@ -1,5 +1,6 @@
 """Groups of commands whose modules are imported when they run (click's documentation, *Lazily Loading Subcommands*)."""
 
+import difflib
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,16 @@ class LazyGroup(click.Group):
         command = importlib.import_module(self.lazy[cmd_name][0]).command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if nearest := difflib.get_close_matches(args[0], self.lazy, n=1):
+                raise click.UsageError(f"{error.message} Did you mean {nearest[0]!r}?", error.ctx) from None
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         # A command may import what it needs late.

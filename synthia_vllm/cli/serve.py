@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import Settings, load_settings
+from synthia_vllm.settings import Settings, load_settings, refuse_gateways_options
 
 if TYPE_CHECKING:
     from synthia_vllm.engine.server import Companion
@@ -40,6 +40,7 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
     from synthia_vllm.gateway.edge.listener import bind, check_exposure
     from synthia_vllm.gateway.observers.log import configure_logging
 
+    refuse_gateways_options(settings, PROG)
     check_exposure(settings)
     machine = inspect_machine()
     preload_once(machine)

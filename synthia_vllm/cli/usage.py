@@ -1,8 +1,11 @@
 """`synthia-vllm usage`."""
 
+from dataclasses import asdict
+
 import click
 
-from synthia_vllm.cli.database import database_option, moment, open_from, show, utc
+from synthia_vllm.cli.database import database_option, moment, open_from, show
+from synthia_vllm.gateway.store.inputs import iso_time
 
 _COLUMNS = ("requests", "refused", "prompt_tokens", "generated_tokens")
 
@@ -18,12 +21,12 @@ def command(user: str | None, since: str | None, until: str | None, by: str, for
     """Add up the ledger: requests and tokens by user, day (UTC) or model. Refused requests cost nothing."""
     from synthia_vllm.gateway.store.usage import gaps, usage
 
-    engine, _ = open_from(database)
+    engine, _ = open_from(database, read_only=True)
     start, end = moment(since, "--since"), moment(until, "--until")
     rows = usage(engine, user=user, since=start, until=end, by=by)  # type: ignore[arg-type]
-    show([{by: row.name, **row.as_dict()} for row in rows], [by, *_COLUMNS], form)
+    show([{by: row.name, **asdict(row)} for row in rows], [by, *_COLUMNS], form)
     for gap in gaps(engine, start, end):
         click.echo(
-            f"A server ended without a word: what it served after {utc(gap.since)} may be missing.",
+            f"A server ended without a word: what it served after {iso_time(gap.since)} may be missing.",
             err=True,
         )

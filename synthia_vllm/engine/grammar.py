@@ -4,6 +4,9 @@ The engine compiles them for its whole vocabulary, on processor cores that it ne
 dozen characters can ask for minutes of that. So what is costly is bounded by its form, before any engine is asked: it
 takes microseconds, and works in a gateway without xgrammar. What is wrong in itself the engine refuses.
 
+Keywords of JSON Schema that xgrammar 0.2.8 passes over are refused too: the reply would look constrained and not be.
+What it does otherwise is left: `oneOf` as `anyOf`, `type` beside `enum` or `const`, and annotations.
+
 Measured on xgrammar 0.2.8 with a vocabulary of 49,152, seconds of one core at the bounds: 64 levels 0.02 (800: over
 60), 500 optional properties 0.3 (1,000: 1.7; 5,000: over 60), 1,000 values of an enum 0.7 (10,000: 8), a grammar of
 16 KiB 0.9 (1 MiB: 7 and 0.5 GB), each new length above 128 about 0.6, a pattern that unrolls to 400 items 7 (to 16,000:
@@ -30,7 +33,31 @@ MAX_UNROLLED = 512  # items of all patterns in a schema, with their counts multi
 _MOST_IN_PATTERN = 128
 _CHEAP = 16
 
+# Keywords that xgrammar passes over wherever they stand, or vLLM refuses without saying which.
+_UNDONE = (
+    "not", "if", "dependentRequired", "dependentSchemas", "dependencies", "uniqueItems", "contains", "multipleOf",
+    "patternProperties", "propertyNames", "$dynamicRef", "$recursiveRef",
+)  # fmt: skip
+_CHOICES = ("anyOf", "oneOf", "allOf")
+_DECIDING = ("$ref", "const", "enum", *_CHOICES)  # beside them xgrammar looks at no other keyword
+_OF_OBJECTS = ("properties", "additionalProperties", "unevaluatedProperties")
+_OF_LISTS = ("items", "prefixItems", "unevaluatedItems")
+_LENGTHS = ("minLength", "maxLength")
+_NEED_TYPE = (
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern", "format", *_LENGTHS,
+    "required", "minProperties", "maxProperties", "minItems", "maxItems",
+)  # fmt: skip
+_ASSERTING = frozenset((*_DECIDING, *_OF_OBJECTS, *_OF_LISTS, *_NEED_TYPE))
+_FORMATS = frozenset((
+    "email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "uri", "uri-reference",
+    "uri-template", "json-pointer", "relative-json-pointer",
+))  # fmt: skip
+_LOOKAHEAD = re.compile(r"(?<!\\)\(\?[=!]")
+
 _KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
+_FIELDS = ("structured_outputs", "response_format")  # as engines name them
+_OF_GRAMMAR = re.compile(r"grammar|schema|regex|choices|structural tag|structured output", re.IGNORECASE)
+_INTERNALS = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # xgrammar's: the time, and where in its source
 _COUNT = re.compile(r"\{(\d{1,9})(,?)(\d{0,9})\}")
 
 
@@ -46,6 +73,18 @@ def check_grammar(given: Mapping[str, Any], *, param: str = "structured_outputs"
         _CHECKS[kind](value)
     except _Refused as refused:
         raise RequestError(f"{param}: {refused}", param=param) from None
+
+
+def refusal_of_engine(error: RequestError, param: str | None) -> RequestError:
+    """What an engine refused as the client is told it: without its internals, and with the field that it wrote.
+
+    `param` is that of the request's schema or grammar. Engines name their own field, or none.
+    """
+    message = _INTERNALS.sub("", error.message).strip()
+    if param is None or not (_OF_GRAMMAR.search(message) or str(error.param).startswith(_FIELDS)):
+        error.message = message  # and whatever else it tells of itself, such as the limit that it is over
+        return error
+    return RequestError(message if message.startswith(param) else f"{param}: {message}", param=param)
 
 
 def with_grammar_for_choice(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,6 +118,7 @@ def _check_json(value: Any) -> None:
     if not isinstance(value, dict):
         _refuse("the JSON schema must be an object")
     _check_schema(value)
+    _check_keywords(value)
 
 
 def _check_tag(value: Any) -> None:
@@ -88,6 +128,9 @@ def _check_tag(value: Any) -> None:
     if not isinstance(tag, dict):
         _refuse("structural_tag must hold a JSON object")
     _check_schema(tag)
+    for key, inner, _ in _walk(tag):
+        if key in ("schema", "json_schema") and isinstance(inner, dict):
+            _check_keywords(inner)
 
 
 def _check_json_object(value: Any) -> None:
@@ -170,6 +213,76 @@ def _walk(schema: dict[str, Any]) -> Iterator[tuple[str, Any, int]]:
             waiting += [(str(name), inner, depth + 1) for name, inner in value.items()]
         elif isinstance(value, list):
             waiting += [("", inner, depth + 1) for inner in value]
+
+
+def _check_keywords(schema: dict[str, Any]) -> None:
+    """Refuses what xgrammar would pass over, in a schema and in those inside it."""
+    waiting = [schema]
+    while waiting:
+        one = waiting.pop()
+        _check_one(one)
+        inner = [one.get(key) for key in ("items", "additionalProperties", "unevaluatedItems", "unevaluatedProperties")]
+        for key in (*_CHOICES, "prefixItems"):
+            inner += found if isinstance(found := one.get(key), list) else ()
+        for key in ("properties", "$defs", "definitions"):
+            inner += found.values() if isinstance(found := one.get(key), dict) else ()
+        waiting += [each for each in inner if isinstance(each, dict)]
+
+
+def _check_one(schema: dict[str, Any]) -> None:
+    for key in _UNDONE:
+        if key in schema and schema[key] is not False:
+            _refuse(f"the keyword {key} is not done by the engine")
+    deciding = next((key for key in _DECIDING if key in schema), None)
+    if deciding is not None:
+        return _check_deciding(schema, deciding)
+    kinds = schema.get("type")
+    if kinds is None and not any(key in schema for key in (*_OF_OBJECTS, *_OF_LISTS)):
+        if (lonely := next((key for key in _NEED_TYPE if key in schema), None)) is not None:
+            _refuse(f"{lonely} needs a type beside it: without one the engine passes over it")
+        return None
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "string" in kinds:
+        _check_string(schema)
+    if "object" in kinds or None in kinds:
+        _check_required(schema)
+    return None
+
+
+def _check_deciding(schema: dict[str, Any], deciding: str) -> None:
+    """A schema with `$ref`, `const`, `enum` or a choice."""
+    value = schema[deciding]
+    if deciding == "$ref" and isinstance(value, str) and value != "#" and not value.startswith("#/"):
+        _refuse(f"$ref is '#' or begins with '#/', not {value[:100]!r}")
+    if deciding == "allOf" and isinstance(value, list) and len(value) > 1:
+        _refuse("allOf of several schemas is not done by the engine; write them as one")
+    for key in schema:
+        if key in _ASSERTING and key != deciding:
+            _refuse(f"beside {deciding} the engine passes over {key}; write it inside")
+    if deciding in _CHOICES and "type" in schema:
+        for branch in value if isinstance(value, list) else ():
+            if isinstance(branch, dict) and not any(key in branch for key in ("type", *_DECIDING)):
+                _refuse(f"beside {deciding} the engine passes over type; write it into each of its schemas")
+
+
+def _check_required(schema: dict[str, Any]) -> None:
+    required, known = schema.get("required"), schema.get("properties")
+    for name in required if isinstance(required, list) else ():
+        if isinstance(name, str) and not (isinstance(known, dict) and name in known):
+            _refuse(f"required names {name[:100]!r}, which is not in properties: the engine passes over it")
+
+
+def _check_string(schema: dict[str, Any]) -> None:
+    wanted = schema.get("format")
+    if isinstance(wanted, str) and wanted not in _FORMATS:
+        _refuse(f"the format {wanted[:100]!r} is not done by the engine; use pattern")
+    if isinstance(pattern := schema.get("pattern"), str) and _LOOKAHEAD.search(pattern):
+        _refuse("a pattern looks ahead, which the engine passes over")
+    if "format" in schema and "pattern" in schema:
+        _refuse("beside format the engine passes over pattern; send one of them")
+    shaping = next((key for key in ("pattern", "format") if key in schema), None)
+    if shaping is not None and (key := next((key for key in _LENGTHS if key in schema), None)) is not None:
+        _refuse(f"beside {shaping} the engine passes over {key}; write the length into a pattern")
 
 
 def unroll(pattern: str) -> tuple[int, int]:

@@ -115,7 +115,7 @@ def _errors_of_vllm(generation: Generation) -> Iterator[None]:
             raise Overloaded(str(error), 1.0) from None
         raise RequestError(str(error)) from None
     except refusals() as error:
-        raise RequestError(str(error), param=getattr(error, "parameter", None)) from None
+        raise RequestError(_refusal(error), param=getattr(error, "parameter", None)) from None
     except EngineDeadError:
         raise UpstreamLost("the engine has died; the server is ending") from None
     except EngineGenerateError as error:
@@ -123,6 +123,12 @@ def _errors_of_vllm(generation: Generation) -> Iterator[None]:
             raise RequestError(f"the engine can't take this request: {error.__cause__}") from None
         _log.exception("engine_failed", request=generation.id)
         raise UpstreamLost(f"the engine failed on this request: {error.__cause__ or error}") from None
+
+
+def _refusal(error: Exception) -> str:
+    """Its text; of a grammar, vLLM says that it is invalid, and leaves why to the error behind it."""
+    told, cause = str(error).strip(), error.__cause__
+    return f"{told} {cause}" if cause is not None and told.startswith("Invalid ") else told
 
 
 class _StopToken:

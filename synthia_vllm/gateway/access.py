@@ -24,7 +24,8 @@ _OPERATORS = ("/metrics", "/sd")
 _LIVE = f"{ADMIN_PREFIX}live"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _WANTED_HEADERS = (
-    b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", b"x-session-id", *_TRACE_HEADERS,
+    b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", b"x-session-id",
+    b"anthropic-version", *_TRACE_HEADERS,
 )  # fmt: skip
 _UNREADY_S = 5.0  # after which a probe that was answered 503 may ask again
 

@@ -1,53 +1,60 @@
 """`/admin/*`: what the `keys` and `usage` commands do, over HTTP, and the live view. Access lets admin keys in only."""
 
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import Body, FastAPI, Request
+from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from synthia_vllm.api.errors import openai_form
-from synthia_vllm.errors import NotFound, RequestError
+from synthia_vllm.errors import MethodNotAllowed, NotFound, RequestError, SynthiaError
 from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME, Priority, UserLimits
+from synthia_vllm.gateway.store.inputs import MAX_GRACE_S, end_time, model_name, unix_time, user_name
 from synthia_vllm.gateway.store.keys import UnknownKey
 from synthia_vllm.gateway.store.usage import usage
 
 if TYPE_CHECKING:
     from synthia_vllm.gateway.app import Gateway
 
+# The types are JSON's own: true is true and "5" is no number.
+_STRICT = ConfigDict(extra="forbid", strict=True)
+_NAME = f"^{USER_NAME}$"
 _Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
-_NAME = Field(pattern=f"^{USER_NAME}$")
+_Model = Annotated[str, AfterValidator(model_name)]
+_MOMENT: Any = {"description": "ISO 8601; without an offset it is UTC", "json_schema_extra": {"format": "date-time"}}
 
 
 class NewKey(BaseModel):
     """A key to make, and what to set of its user; what is left out stays as it is."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _STRICT
 
-    user: Annotated[str, _NAME]
+    user: Annotated[str, Field(pattern=_NAME), AfterValidator(user_name)]
     admin: bool = False
-    expires: datetime | None = None
+    expires: Annotated[str | None, Field(**_MOMENT)] = None
     weight: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     priority: Priority | None = None
     requests_per_minute: _Limit | None = None
     tokens_per_minute: _Limit | None = None
     concurrent_requests: _Limit | None = None
     tokens_per_month: _Limit | None = None
-    models: list[str] | None = None
+    models: Annotated[list[_Model], Field(min_length=1)] | None = None
 
 
 class Rotation(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = _STRICT
 
-    grace_s: Annotated[float, Field(ge=0, le=30 * 86400, description="how long the old key still opens")] = 0.0
+    grace_s: Annotated[float, Field(ge=0, le=MAX_GRACE_S, description="how long the old key still opens")] = 0.0
 
 
 def build_admin(gateway: "Gateway") -> FastAPI:
     """The app behind `/admin/`. Database work runs in FastAPI's threads, off the event loop."""
     app = FastAPI(title="synthia-vllm admin", openapi_url="/admin/openapi.json", docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # a redirect would lead to whatever host the client named
     store = gateway.keys
 
     @app.get("/admin/state")
@@ -64,17 +71,13 @@ def build_admin(gateway: "Gateway") -> FastAPI:
 
     @app.post("/admin/keys", status_code=201)
     def create_key(new: NewKey) -> dict[str, str]:
-        limits = UserLimits(
-            new.requests_per_minute, new.tokens_per_minute, new.concurrent_requests, new.tokens_per_month
-        )
-        expires = new.expires.timestamp() if new.expires else None
         key_id, key = store.create(
             new.user,
             admin=new.admin,
-            expires=expires,
+            expires=_moment("expires", new.expires, end_time),
             weight=new.weight,
             priority=new.priority,
-            limits=limits,
+            limits=UserLimits.of(new),
             models=new.models,
         )
         return {"id": key_id, "key": key}
@@ -95,37 +98,55 @@ def build_admin(gateway: "Gateway") -> FastAPI:
     @app.get("/admin/usage")
     def show_usage(
         by: Literal["user", "day", "model"] = "user",
-        user: str | None = None,
-        since: datetime | None = None,
-        until: datetime | None = None,
+        user: Annotated[str | None, Query(pattern=_NAME)] = None,
+        since: Annotated[str | None, Query(**_MOMENT)] = None,
+        until: Annotated[str | None, Query(**_MOMENT)] = None,
     ) -> list[Any]:
-        rows = usage(store.engine, user=user, since=_unix(since), until=_unix(until), by=by)
-        return [row.as_dict() for row in rows]
+        start, end = _moment("since", since, unix_time), _moment("until", until, unix_time)
+        rows = usage(store.engine, user=user, since=start, until=end, by=by)
+        return [asdict(row) for row in rows]
 
     @app.exception_handler(UnknownKey)
     async def unknown_key(request: Request, error: UnknownKey) -> JSONResponse:
-        return _answer(NotFound(request.url.path))
+        return _answer(NotFound(request.scope["path"]))
+
+    @app.exception_handler(RequestError)
+    async def refused(request: Request, error: RequestError) -> JSONResponse:
+        return _answer(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return _answer(RequestError(f"{field}: {first['msg']}", param=field))
+        return _answer(RequestError(f"{field}: {first['msg'].removeprefix('Value error, ')}", param=field))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            return _answer(NotFound(request.scope["path"]))
+        if error.status_code == 405:
+            return _answer(MethodNotAllowed(request.scope["path"], (error.headers or {}).get("Allow", "").split(", ")))
         wrong = RequestError(str(error.detail))
         wrong.status = error.status_code
         return _answer(wrong)
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return _answer(SynthiaError())  # and it is raised on: Access logs it
+
     return app
 
 
-def _answer(error: RequestError) -> JSONResponse:
-    return JSONResponse(openai_form(error), error.status)
+def _answer(error: SynthiaError) -> JSONResponse:
+    if not isinstance(error, RequestError):
+        return JSONResponse(openai_form(error), 500)
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return JSONResponse(openai_form(error), error.status, headers)
 
 
-def _unix(moment: datetime | None) -> float | None:
-    if moment is None:
-        return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+def _moment(name: str, text: str | None, rule: Callable[[str], float]) -> float | None:
+    """What a text means by a rule. Raises RequestError that names the field."""
+    try:
+        return None if text is None else rule(text)
+    except ValueError as error:
+        raise RequestError(f"{name}: {error}", param=name) from None

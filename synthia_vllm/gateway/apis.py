@@ -1,6 +1,7 @@
 """The API routes of a gateway: what generates, what it answers itself, and which models there are."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,14 +14,17 @@ from starlette.types import Receive, Send
 from synthia_vllm.api.base import AnsweringApi, Asker, GeneratingApi, Model, Prepared
 from synthia_vllm.api.chat import ChatCompletions
 from synthia_vllm.api.completions import Completions
+from synthia_vllm.api.errors import anthropic_form, form_of
 from synthia_vllm.api.gathered import Gathered
-from synthia_vllm.api.messages import CountTokens, Messages
+from synthia_vllm.api.messages import CountTokens, Messages, model_info, model_page
 from synthia_vllm.api.responses import Responses
+from synthia_vllm.api.sampling import constraint_param
 from synthia_vllm.api.tokens import Detokenize, Tokenize
+from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.port import Engine
 from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, UpstreamLost
 from synthia_vllm.gateway.delivery import Delivery
-from synthia_vllm.gateway.edge.replies import send_json
+from synthia_vllm.gateway.edge.replies import send_error, send_json
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import PromptSettings
@@ -29,6 +33,7 @@ GENERATING: tuple[GeneratingApi, ...] = (ChatCompletions(), Completions(), Respo
 ANSWERING: tuple[AnsweringApi, ...] = (CountTokens(), Tokenize(), Detokenize())
 MODELS = "/v1/models"
 # Bodies from this size on are read, rendered and tokenized in a thread: the event loop is everybody's.
+_NUMBER = re.compile(rb"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _LONG_BODY = 16 * 1024
 
 T = TypeVar("T")
@@ -70,7 +75,12 @@ class Apis:
         """True where the whole reply went out; False where it broke off in a stream. `unbounded`: as in Delivery."""
         route = exchange.route
         if exchange.method != "POST":
-            await self._tell_models(exchange, send)
+            form = form_of(route, headers)
+            try:
+                await self._tell_models(exchange, send, anthropic=form is anthropic_form)
+            except RequestError as error:
+                exchange.reason = error.reason
+                await send_error(error, send, form=form, request_id=exchange.request_id)
             return True
         assert exchange.body is not None
         if (api := self._answering.get(route)) is not None:
@@ -122,7 +132,7 @@ class Apis:
             on_attempt=attempt,
         )
 
-        def work() -> Prepared:
+        def work() -> tuple[Prepared, str | None]:
             request = api.decode(exchange.body or b"")
             self._check_model(exchange, request.model, model, any_name=any_name)
             prepared = api.prepare(request, model, asker)
@@ -133,23 +143,32 @@ class Apis:
                     replace(one, on_attempt=partial(attempt, sequence=number))
                     for number, one in enumerate(prepared.sequences)
                 ]
-            return prepared
+            return prepared, constraint_param(request)
 
-        prepared = await _run(work, exchange.body or b"")
+        prepared, constraint = await _run(work, exchange.body or b"")
         exchange.usage.prompt = prepared.prompt_tokens
         request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout)
         exchange.request = request
         delivery = Delivery(exchange, request, self.layer, self._observers, unbounded=unbounded)
-        await delivery.run(receive, send)
+        try:
+            await delivery.run(receive, send)
+        except RequestError as error:
+            if type(error) is not RequestError:
+                raise
+            raise refusal_of_engine(error, constraint) from None
         return not delivery.failed
 
-    async def _tell_models(self, exchange: Exchange, send: Send) -> None:
-        """`GET /v1/models` and `/v1/models/{id}`: those that the key is for."""
+    async def _tell_models(self, exchange: Exchange, send: Send, *, anthropic: bool) -> None:
+        """`GET /v1/models` and `/v1/models/{id}`: those that the key is for, in the form of the API that asks."""
         model = await self._known_model()
         allowed = exchange.account.models
-        found = [self._describe(name, model) for name in model.names if allowed is None or name in allowed]
+        names = [name for name in model.names if allowed is None or name in allowed]
+        if anthropic:
+            found = [model_info(name, self._started, model.context) for name in names]
+        else:
+            found = [self._describe(name, model) for name in names]
         if exchange.route == MODELS:
-            return await send_json(200, {"object": "list", "data": found}, send)
+            return await send_json(200, model_page(found) if anthropic else {"object": "list", "data": found}, send)
         wanted = unquote(exchange.route.removeprefix(f"{MODELS}/"))
         for one in found:
             if one["id"] == wanted:
@@ -198,10 +217,7 @@ async def _run(work: Callable[[], T], body: bytes) -> T:
 def _seconds(value: bytes | None) -> float | None:
     if value is None:
         return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = -1.0
+    seconds = float(value) if _NUMBER.fullmatch(value) else -1.0  # Python's own rule takes `1_0`
     if not 0 < seconds < float("inf"):
         raise RequestError("X-Queue-Timeout-S is a number of seconds over 0", param="X-Queue-Timeout-S")
     return seconds

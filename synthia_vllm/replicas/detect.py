@@ -103,7 +103,8 @@ async def _missing_bos(endpoint: Endpoint, session: aiohttp.ClientSession, heade
         return ""
     styles: tuple[Style, ...] = get_args(Style)
     for text in (render(_PROBE, style=style) for style in styles):
-        for bos in ("", *(chat.token_strs or ())[:1]):
+        first: list[str] = (chat.token_strs or [])[:1]
+        for bos in ("", *first):
             if (await tokens(prompt=bos + text)).tokens == chat.tokens:
                 return bos
     return ""

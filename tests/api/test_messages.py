@@ -156,6 +156,27 @@ def test_an_assistant_message_without_content_is_an_empty_turn(answer: dict[str,
     assert text_of(messages) == "USER: a\nASSISTANT:\nUSER: c\nASSISTANT:"
 
 
+@pytest.mark.parametrize("last", [[], [{"role": "user", "content": "more"}]])
+@pytest.mark.parametrize("said", [[], [{"type": "text", "text": "b"}]])
+def test_the_reasoning_of_earlier_turns_is_left_out_of_the_prompt(said: list[Any], last: list[Any]) -> None:
+    reasoning = [{"type": "thinking", "thinking": "x", "signature": "y"}, {"type": "redacted_thinking", "data": "z"}]
+
+    def asked(content: list[Any]) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}, *last]
+        return {**ASKED, "messages": turns}
+
+    (with_it,), (without,) = (prepared(API, asked(content)).sequences for content in ([*reasoning, *said], said))
+    assert with_it.text == without.text
+    assert with_it.affinity == without.affinity
+    assert count(asked([*reasoning, *said])) == count(asked(said))
+
+
+def test_a_user_has_no_reasoning() -> None:
+    with pytest.raises(RequestError) as refused:
+        prepared(API, {**ASKED, "messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "x"}]}]})
+    assert refused.value.param == "messages[0].content[0]"
+
+
 def test_several_parts_are_joined_by_a_newline() -> None:
     parts = [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}} for text in ("a", "b")]
     assert text_of([{"role": "user", "content": parts}]) == "USER: a\nb\nASSISTANT:"

@@ -38,6 +38,7 @@ def test_ids_become_text_again() -> None:
     [
         (Tokenize(), {"prompt": 5}, "prompt"),
         (Tokenize(), {}, "prompt"),
+        (Tokenize(), {"prompt": "a", "messages": [{"role": "user"}]}, "prompt"),
         (Tokenize(), {"messages": []}, "messages"),
         (Tokenize(), {"messages": [{"role": "user"}], "continue_final_message": True}, "continue_final_message"),
         (Tokenize(), {"messages": [{"role": "user"}], "tools": [{}]}, "tools"),

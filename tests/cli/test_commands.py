@@ -45,6 +45,8 @@ def test_a_package_that_is_missing_is_named_with_the_cure_and_at_once(package: s
 
 def test_an_unknown_command_is_refused() -> None:
     assert CliRunner().invoke(cli, ["nonsense"]).exit_code == 2
+    done = CliRunner().invoke(cli, ["sevre"])
+    assert (done.exit_code, "Did you mean 'serve'?" in done.output) == (2, True)
 
 
 def test_a_public_address_is_refused_without_keys() -> None:
@@ -77,6 +79,38 @@ def test_a_store_that_is_not_there_is_known_before_anything_loads(option: str, v
     assert done.returncode == 2
     assert option in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["serve"], ["cluster", "up"], ["cluster", "config"], ["doctor"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["--upstream", "http://127.0.0.1:1"], ["--resume"]], ids=" ".join)
+def test_an_option_of_the_gateway_is_refused_where_an_engine_would_load(words: list[str], options: list[str]) -> None:
+    done = run(*words, *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"synthia-vllm: {options[0]}: ")
+    assert "use `synthia-vllm gateway`" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "gateway", "exporter", "doctor"])
+def test_a_misspelt_option_is_one_line_and_2(command: str) -> None:
+    done = run(command, "--promt.style", "script")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "synthia-vllm: --promt.style: there is no such option; did you mean --prompt.style?\n"
+
+
+@pytest.mark.parametrize("words", [["gateway", "--upstream", "http://127.0.0.1:1"], ["keys", "list"]], ids=" ".join)
+def test_vllms_options_are_refused_where_no_vllm_starts(words: list[str]) -> None:
+    done = run(*words, "--", "--max-num-seqs", "8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"`{words[0]}` starts none" in done.stderr
+
+
+def test_a_config_that_is_none_is_one_line_and_2(tmp_path: Path) -> None:
+    file = tmp_path / "synthia.yaml"
+    file.write_text("port: [1")
+    done = run("serve", "--config", str(file))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"synthia-vllm: --config {file}: line 1, column ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_vllms_options_follow_two_dashes() -> None:

@@ -3,14 +3,18 @@
 import contextlib
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from synthia_vllm.engine import grammar
 from synthia_vllm.engine.grammar import check_grammar, unroll, with_grammar_for_choice
 from synthia_vllm.errors import RequestError
+
+PAGE = Path(__file__).parents[2] / "docs" / "apis.md"
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -95,6 +99,97 @@ def test_what_costs_too_much_or_is_none_is_refused(bad: dict[str, Any], why: str
     assert (refused.value.status, refused.value.param) == (400, "response_format")
 
 
+OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
+LIST = {"type": "array", "items": {"type": "integer"}}
+TEXT = {"type": "string"}
+
+# A schema, the keyword that the refusal names, and a value that the schema forbids.
+PASSED_OVER: list[tuple[dict[str, Any], str, Any]] = [
+    ({"allOf": [OBJECT, {"type": "object"}]}, "allOf", 10.22),
+    ({**OBJECT, "required": ["a"], "allOf": [OBJECT]}, "properties", {}),
+    ({"anyOf": [OBJECT, TEXT], "required": ["a"]}, "required", {}),
+    ({"oneOf": [TEXT], "minLength": 3}, "minLength", "a"),
+    ({"type": "string", "anyOf": [{"minLength": 3}]}, "minLength|type", 5),
+    ({"type": "string", "anyOf": [{}]}, "type", 5),
+    ({"$ref": "#/$defs/x", "minimum": 5, "$defs": {"x": {"type": "integer"}}}, "minimum", 1),
+    ({"$ref": "http://a/b"}, "\\$ref", 5),
+    ({"$ref": "#x", "$defs": {"x": {"$anchor": "x", "type": "integer"}}}, "\\$ref", "s"),
+    ({"$dynamicRef": "#/$defs/x", "$defs": {"x": TEXT}}, "\\$dynamicRef", 5),
+    ({"enum": [1, 5], "minimum": 3}, "minimum", 1),
+    ({"const": "b", "pattern": "^a"}, "pattern", "b"),
+    ({"not": TEXT}, "not", "a"),
+    ({**OBJECT, "if": {"required": ["a"]}, "then": {"required": ["b"]}}, "if", {"a": 1}),
+    ({**OBJECT, "dependentRequired": {"a": ["b"]}}, "dependentRequired", {"a": 1}),
+    ({**OBJECT, "dependentSchemas": {"a": {"required": ["b"]}}}, "dependentSchemas", {"a": 1}),
+    ({**OBJECT, "dependencies": {"a": ["b"]}}, "dependencies", {"a": 1}),
+    ({**OBJECT, "propertyNames": {"pattern": "^x"}}, "propertyNames", {"a": 1}),
+    ({**OBJECT, "required": ["c"]}, "'c'", {"a": 1}),
+    ({"type": "object", "required": ["c"]}, "'c'", {}),
+    ({**LIST, "uniqueItems": True}, "uniqueItems", [1, 1]),
+    ({**LIST, "contains": {"const": 1}}, "contains", [2]),
+    ({"type": "number", "multipleOf": 0.5}, "multipleOf", 0.3),
+    ({**TEXT, "format": "idn-email"}, "idn-email", "a"),
+    ({"type": ["string", "null"], "format": "iri"}, "iri", "a b"),
+    ({**TEXT, "format": "email", "pattern": "^z"}, "pattern", "a@b.cc"),
+    ({**TEXT, "pattern": "^a+$", "maxLength": 3}, "maxLength", "aaaaa"),
+    ({**TEXT, "format": "email", "maxLength": 3}, "maxLength", "aaaa@bb.cc"),
+    ({**TEXT, "pattern": "^(?!b)b$"}, "pattern", "b"),
+    *(({key: value}, key, wrong) for key, value, wrong in (
+        ("minLength", 3, "a"), ("pattern", "^a$", "b"), ("format", "date", "a"), ("minimum", 3, 1),
+        ("exclusiveMaximum", 3, 5), ("required", ["a"], {}), ("minItems", 2, [1]),
+        ("maxProperties", 1, {"a": 1, "b": 2}),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "keyword", "wrong"), PASSED_OVER)
+def test_a_keyword_that_xgrammar_passes_over_is_refused_by_name(
+    schema: dict[str, Any], keyword: str, wrong: Any
+) -> None:
+    for where in (schema, {"type": "object", "properties": {"p": {"anyOf": [schema, {"type": "null"}]}}}):
+        with pytest.raises(RequestError, match=keyword):
+            check_grammar({"json": where})
+        tag = {"type": "json_schema", "json_schema": where}
+        with pytest.raises(RequestError, match=keyword):
+            check_grammar({"structural_tag": json.dumps({"type": "structural_tag", "format": tag})})
+    assert accepts(schema, wrong)
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({**OBJECT, "title": "t", "description": "d", "default": {}, "examples": [{}], "$comment": "c"}, {"a": 1}, 5),
+        ({"$schema": "s", "$id": "i", "type": "string", "readOnly": True, "deprecated": True, "x-own": 1}, "a", 5),
+        ({"$defs": {"x": OBJECT}, "$ref": "#/$defs/x", "title": "t", "description": "d"}, {"a": 1}, {"a": "x"}),
+        ({"definitions": {"x": OBJECT}, "allOf": [{"$ref": "#/definitions/x"}], "default": {}}, {"a": 1}, 5),
+        ({"anyOf": [TEXT, {"type": "null"}], "default": None, "title": "t"}, None, 5),
+        ({"type": "string", "enum": ["a", "b"]}, "a", "c"),
+        ({"type": "string", "const": "a"}, "a", "b"),
+        ({"type": "object", "oneOf": [OBJECT], "discriminator": {"propertyName": "a"}}, {"a": 1}, {"a": "x"}),
+        ({**OBJECT, "required": ["a"], "additionalProperties": False, "minProperties": 1}, {"a": 1}, {}),
+        ({"properties": {"not": TEXT, "if": TEXT}, "required": ["not"]}, {"not": "a"}, {}),
+        ({**LIST, "minItems": 2, "uniqueItems": False}, [1, 1], [1]),
+        ({"type": "array", "prefixItems": [TEXT], "items": False}, ["a"], ["a", "b"]),
+        ({"type": "integer", "minimum": 3, "format": "int32"}, 3, 1),
+        ({"type": ["string", "null"], "pattern": r"^\(\?=$"}, "(?=", "b"),
+        ({"type": "array", "items": {"enum": [{"not": 1}]}}, [{"not": 1}], [{"not": 2}]),
+    ],
+)
+def test_a_schema_that_passes_holds(schema: dict[str, Any], right: Any, wrong: Any) -> None:
+    check_grammar({"json": schema})
+    assert accepts(schema, right)
+    assert not accepts(schema, wrong)
+
+
+def accepts(schema: dict[str, Any], value: Any) -> bool:
+    """Whether xgrammar would let a reply be this value."""
+    from xgrammar import Grammar
+    from xgrammar.testing import _is_grammar_accept_string
+
+    text = json.dumps(value, separators=(",", ":"))
+    return bool(_is_grammar_accept_string(Grammar.from_json_schema(json.dumps(schema)), text))
+
+
 @pytest.mark.parametrize(
     ("pattern", "size"),
     [
@@ -155,3 +250,20 @@ def test_choices_with_control_characters_become_a_grammar_that_can_be_read(choic
     else:
         assert "choice" not in fields
         Grammar.from_ebnf(fields["grammar"])  # raises where it can't be read
+
+
+@pytest.mark.parametrize(
+    ("row", "bounds"),
+    [
+        ("a schema or structural tag", (grammar.MAX_TEXT, grammar.MAX_DEPTH)),
+        ("its properties", (grammar.MAX_PROPERTIES, grammar.MAX_VALUES)),
+        ("its patterns", (grammar.MAX_REGEX, grammar._MOST_IN_PATTERN, grammar.MAX_UNROLLED)),
+        ("its different lengths of strings above 16", (grammar.MAX_LENGTHS,)),
+        ("a regular expression; a grammar", (grammar.MAX_REGEX, grammar.MAX_GRAMMAR, grammar.MAX_LENGTHS)),
+        ("choices", (grammar.MAX_VALUES, grammar.MAX_TEXT)),
+    ],
+)
+def test_the_page_of_the_apis_tells_the_bounds(row: str, bounds: tuple[int, ...]) -> None:
+    (line,) = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {row}")]
+    assert line.split(" | ")[-1].removesuffix(" |") == "; ".join(f"{bound:,}" for bound in bounds)
+    assert grammar._CHEAP == 16

@@ -8,8 +8,10 @@ import pytest
 from vllm.logprobs import FlatLogprobs, Logprob
 
 from benchmarks.null_tokenizer import null_tokenizer
+from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.local import LocalEngine, positions, sampling_params
 from synthia_vllm.engine.port import Delta, Generation, Position, Sampling, TokenLogprob
+from synthia_vllm.errors import RequestError
 
 
 class Saying:
@@ -72,3 +74,30 @@ async def test_the_first_token_of_a_prompt_has_none() -> None:
 def test_log_probabilities_are_asked_for_in_the_form_that_is_read(field: dict[str, Any]) -> None:
     assert sampling_params(Sampling(max_tokens=1, **field)).flat_logprobs
     assert not sampling_params(Sampling(max_tokens=1)).flat_logprobs
+
+
+class Validating(Saying):
+    """One that looks at a grammar as vLLM's does."""
+
+    async def generate(self, prompt: Any, params: Any, *_: Any, **__: Any) -> AsyncGenerator[Any, None]:
+        from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar
+
+        validate_xgrammar_grammar(params)
+        yield output(None, "stop")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        ({"grammar": 'root ::= "a'}, "Invalid grammar specification.* string literal"),
+        ({"regex": "(a"}, "parenthesis is not closed"),
+        ({"json": {"type": "foo"}}, 'type "foo"'),
+        ({"structural_tag": '{"type": "x"}'}, "Invalid structural tag specification.* type must be"),
+    ],
+)
+async def test_why_vllm_refuses_a_grammar_is_told(wanted: dict[str, Any], why: str) -> None:
+    engine = LocalEngine(Validating(), null_tokenizer(), ["null"])
+    asked = Generation(id="1", prompt=[1], sampling=Sampling(max_tokens=9, structured_outputs=wanted))
+    with pytest.raises(RequestError, match=why) as refused:
+        await anext(engine.generate(asked))
+    assert "cpp" not in refusal_of_engine(refused.value, "response_format").message

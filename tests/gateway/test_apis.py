@@ -4,12 +4,24 @@ import asyncio
 import time
 from typing import Any
 
+import anthropic
+import httpx2
 import pytest
+from anthropic.types import ModelInfo
+from anthropic.types.shared import ErrorResponse
 
+from benchmarks.null_faults import Faults
 from benchmarks.null_port import NullEnginePort
 from benchmarks.null_tokens import prompt_ids
+from synthia_vllm.errors import RequestError
+from synthia_vllm.gateway.accounts import Account
+from synthia_vllm.gateway.apis import Apis
+from synthia_vllm.gateway.meter import Meter
+from synthia_vllm.gateway.request import Exchange
+from synthia_vllm.gateway.sequences import Sequences
 from synthia_vllm.prompt import STOP_STRINGS
 from synthia_vllm.settings import PromptSettings
+from tests.api.official import strictly
 from tests.gateway.asgi import Answer, post
 from tests.gateway.stack import Stack
 from tests.gateway.whole import BODIES, CHAT, COMPLETIONS, GENERATING, LENGTH, MESSAGES, RESPONSES
@@ -140,3 +152,120 @@ async def test_whole_and_streamed_replies_are_billed_alike(path: str) -> None:
     streamed_usage, whole_usage = (exchange.usage for exchange in stack.exchanges)
     assert (streamed_usage.billed_prompt, streamed_usage.billed_generated) == (whole_usage.billed_prompt, 50)
     assert whole_usage.billed_generated == 50
+
+
+SCHEMA = {"type": "object"}
+REFUSED_BY_XGRAMMAR = (
+    "Failed to transform json schema into a grammar: "
+    "[03:54:30] /project/cpp/regex_converter.cc:83: The parenthesis is not closed.\n"
+)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    ("path", "asked", "field"),
+    [
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}},
+         "response_format"),
+        (CHAT, {"structured_outputs": {"json": SCHEMA}}, "structured_outputs"),
+        (CHAT, {"response_format": {"type": "text"}, "structured_outputs": {"json": SCHEMA}}, "structured_outputs"),
+        (COMPLETIONS, {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, "output_config.format"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("engines", [None, "structured_outputs", "response_format.json_schema"])
+async def test_a_grammar_that_the_engine_refuses_names_the_clients_field_and_no_internals(
+    path: str, asked: dict[str, Any], field: str, streamed: bool, engines: str | None
+) -> None:
+    engine = NullEnginePort(error=RequestError(REFUSED_BY_XGRAMMAR, param=engines))
+    told = await send(Stack(engine), path, {**BODIES[path], **asked, "stream": streamed})
+    assert told.status == 400
+    error = told.json()["error"]
+    reason = "Failed to transform json schema into a grammar: The parenthesis is not closed."
+    assert error["message"] == f"{field}: {reason}"
+    assert error.get("param") == (None if path == MESSAGES else field)
+
+
+async def test_what_the_engine_refuses_for_another_reason_keeps_its_field() -> None:
+    engine = NullEnginePort(error=RequestError("too long", param="prompt"))
+    told = await send(Stack(engine), CHAT, {**BODIES[CHAT], "structured_outputs": {"json": SCHEMA}})
+    assert (told.status, told.json()["error"]["param"], told.json()["error"]["message"]) == (400, "prompt", "too long")
+
+
+async def test_a_schema_that_is_refused_here_names_the_clients_field() -> None:
+    output = {"format": {"type": "json_schema", "schema": {"not": {}}}}
+    told = await send(Stack(NullEnginePort()), MESSAGES, {**BODIES[MESSAGES], "output_config": output})
+    assert told.status == 400
+    assert told.json()["error"]["message"].startswith("output_config.format: the keyword not ")
+
+
+@pytest.mark.parametrize(
+    "given", ["1_0", "1__0", "_1", "", " ", "0", "-1", "nan", "inf", "infinity", "1e999", "0x1", "1,5"]
+)
+async def test_a_queue_timeout_that_is_no_number_over_0_is_refused(given: str) -> None:
+    told = await send(Stack(NullEnginePort()), CHAT, **{"x-queue-timeout-s": given})
+    assert (told.status, told.json()["error"]["param"]) == (400, "X-Queue-Timeout-S")
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("1", 1.0), ("0.5", 0.5), (".5", 0.5), ("1e1", 10.0)])
+async def test_a_queue_timeout_is_a_number_of_seconds(given: str, seconds: float) -> None:
+    stack = Stack(NullEnginePort())
+    assert (await send(stack, CHAT, **{"x-queue-timeout-s": given})).status == 200
+    request = stack.exchanges[0].request
+    assert request is not None
+    assert request.queue_timeout == seconds
+
+
+def models_client(engine: NullEnginePort, account: Account) -> anthropic.Anthropic:
+    """Anthropic's own, which asks the APIs as a user that is known already."""
+    apis = Apis(engine, Sequences(Meter(engine)), PromptSettings())
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def receive() -> Any:
+            raise AssertionError
+
+        headers = {name.lower(): value for name, value in request.headers.raw}
+        exchange = Exchange("1", "1", request.url.path, "GET", account)
+        assert asyncio.run(apis.answer(exchange, headers, receive, send))
+        start, body = sent
+        return httpx2.Response(start["status"], headers=start["headers"], content=body["body"])
+
+    http: Any = httpx2.Client(transport=httpx2.MockTransport(answer))
+    return anthropic.Anthropic(api_key="none", base_url="http://gateway", max_retries=0, http_client=http)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "names"),
+    [
+        (None, ["null", "synthia", "synthia-tot"]),
+        (frozenset({"synthia"}), ["synthia"]),
+        (frozenset({"other"}), []),
+    ],
+)
+def test_anthropics_client_reads_the_models(allowed: frozenset[str] | None, names: list[str]) -> None:
+    client = models_client(NullEnginePort(context=64), Account("ann", models=allowed))
+    page = client.models.with_raw_response.list().json()
+    assert {name: page[name] for name in page if name != "data"} == {
+        "has_more": False,
+        "first_id": names[0] if names else None,
+        "last_id": names[-1] if names else None,
+    }
+    told = [strictly(ModelInfo, one) for one in page["data"]]
+    assert [(one.id, one.display_name, one.max_input_tokens) for one in told] == [(name, name, 64) for name in names]
+    assert [one.id for one in client.models.list()] == names
+    for name in names:
+        assert strictly(ModelInfo, client.models.with_raw_response.retrieve(name).json()) in told
+
+
+def test_anthropics_client_reads_what_is_wrong_with_a_model() -> None:
+    with pytest.raises(anthropic.NotFoundError) as unknown:
+        models_client(NullEnginePort(), Account("ann")).models.retrieve("none")
+    assert strictly(ErrorResponse, unknown.value.body).error.type == "not_found_error"
+    with pytest.raises(anthropic.InternalServerError) as lost:
+        models_client(NullEnginePort(faults=Faults(dead=True)), Account("ann")).models.list()
+    assert strictly(ErrorResponse, lost.value.body).error.type == "api_error"

@@ -36,13 +36,14 @@ def configure_logging(settings: LogSettings) -> None:
 
 def _printable(_: Any, __: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Shows a terminal nothing that it would obey: paths, names and texts are the clients'. JSON escapes by itself."""
-    return {name: _escaped(value, keep="\n\t") if isinstance(value, str) else value for name, value in line.items()}
+    return {name: _escaped(value) if isinstance(value, str) else value for name, value in line.items()}
 
 
-def _escaped(text: str, *, keep: str) -> str:
+def _escaped(text: str) -> str:
     if text.isprintable():
         return text
-    return "".join(it if it.isprintable() or it in keep else it.encode("unicode_escape").decode() for it in text)
+    # Line breaks are a traceback's own; those in a value make the renderer quote it.
+    return "".join(it if it.isprintable() or it in "\n\t" else it.encode("unicode_escape").decode() for it in text)
 
 
 class RequestLog(Observer):

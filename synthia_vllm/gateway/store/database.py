@@ -3,13 +3,16 @@
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import filelock
 import platformdirs
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -31,14 +34,16 @@ def data_folder() -> Path:
     return folder
 
 
-def open_database(url: str | None = None) -> Engine:
+def open_database(url: str | None = None, *, read_only: bool = False) -> Engine:
     """An engine on a database whose tables are up to date. None is SQLite in the data folder.
 
+    For who only reads (`read_only`), a SQLite file that can't be written, such as a backup, is opened as it is.
     Raises SetupError for an address that is none, or where nothing answers; the password is never shown.
     """
     try:
         address = make_url(url or f"sqlite:///{data_folder() / 'synthia.db'}")
-        engine = _create(address)
+        locked = read_only and _locked(address)
+        engine = _create_read_only(address) if locked else _create(address)
     except OSError as error:
         where = url or f"in {error.filename}"
         raise SetupError(f"--access.database {where}: {error.strerror}; name a file that this user may write") from None
@@ -46,14 +51,18 @@ def open_database(url: str | None = None) -> Engine:
         raise SetupError(f"--access.database: {error}; an SQLAlchemy URL, see --help") from None
     shown = address.render_as_string(hide_password=True)
     try:
-        migrate(engine)
-    except SQLAlchemyError as error:
+        if locked:
+            _check_version(engine)
+        else:
+            migrate(engine)
+    except (SQLAlchemyError, OSError) as error:  # an OSError: of the lock's file
         engine.dispose()
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise SetupError(f"--access.database {shown}: {reason}; is it running, and may this user open it?") from None
     except CommandError as error:
         engine.dispose()
-        raise SetupError(f"--access.database {shown}: {error}; a newer version has opened it: install that") from None
+        cure = "copy it to where it can be written" if locked else "a newer version has opened it: install that"
+        raise SetupError(f"--access.database {shown}: {error}; {cure}") from None
     return engine
 
 
@@ -88,6 +97,32 @@ def _create(address: Any) -> Engine:
     return engine
 
 
+def _locked(address: URL) -> bool:
+    """Whether it's a SQLite file that this process can't write, or not in the way that SQLite does."""
+    if address.get_backend_name() != "sqlite" or not address.database:
+        return False
+    file = Path(address.database)
+    return file.is_file() and not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK))
+
+
+def _create_read_only(address: URL) -> Engine:
+    assert address.database is not None
+    log = Path(f"{address.database}-wal")
+    # A file in WAL mode is read without its companions only where it is said that nobody writes it: true without a log.
+    fixed = {} if log.exists() and log.stat().st_size else {"immutable": "1"}
+    return create_engine(
+        address.set(database=f"file:{quote(address.database)}", query={"mode": "ro", "uri": "true", **fixed})
+    )
+
+
+def _check_version(engine: Engine) -> None:
+    """Raises CommandError for a database that would have to be changed before it can be read."""
+    with engine.connect() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    if found != ScriptDirectory.from_config(_alembic()).get_current_head():
+        raise CommandError("its tables are another version's, and it can't be written")
+
+
 def _prepare_sqlite(connection: Any, _: object) -> None:
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", f"busy_timeout={_BUSY_TIMEOUT_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
@@ -95,8 +130,13 @@ def _prepare_sqlite(connection: Any, _: object) -> None:
     cursor.close()
 
 
-def _upgrade(connection: Connection) -> None:
+def _alembic() -> Config:
     config = Config()
     config.set_main_option("script_location", "synthia_vllm.gateway.store:migrations")
+    return config
+
+
+def _upgrade(connection: Connection) -> None:
+    config = _alembic()
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

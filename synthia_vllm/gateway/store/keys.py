@@ -8,6 +8,8 @@ import secrets
 import string
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, select, update
@@ -39,19 +41,28 @@ def load_secret(settings: Settings) -> bytes:
     """
     if settings.access.secret is not None:
         return settings.access.secret.get_secret_value().encode()
-    path = data_folder() / "key-secret"
-    if not path.exists():
-        # Written whole before it has its name: another process that starts now never reads half a secret.
-        own = path.with_name(f".key-secret-{secrets.token_hex(8)}")
-        with os.fdopen(os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-        with contextlib.suppress(FileExistsError):
-            os.link(own, path)
-        own.unlink()
-    secret = path.read_text().strip()
+    try:
+        path = data_folder() / "key-secret"
+        if not path.exists():
+            _make_secret(path)
+        secret = path.read_text().strip()
+    except OSError as error:
+        raise SetupError(
+            f"{error.filename}: {error.strerror}; give --access.secret, or a SYNTHIA_DATA to write to"
+        ) from None
     if not secret:
         raise SetupError(f"{path} is empty; restore it from a backup, or delete it and make all keys anew")
     return secret.encode()
+
+
+def _make_secret(path: Path) -> None:
+    # Written whole before it has its name: another process that starts now never reads half a secret.
+    own = path.with_name(f".key-secret-{secrets.token_hex(8)}")
+    with os.fdopen(os.open(own, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):
+        os.link(own, path)
+    own.unlink()
 
 
 class KeyStore:
@@ -79,7 +90,7 @@ class KeyStore:
         """Makes a key, and its user if need be; returns id and key. What is None leaves an existing user as it is."""
         given: dict[str, Any] = {"weight": weight, "priority": priority, "models": list(models) if models else None}
         if limits is not None:
-            given |= {name: getattr(limits, name) for name in limits.__slots__}
+            given |= asdict(limits)
         with Session(self.engine) as session, session.begin():
             new = {"name": user, "weight": 1.0, "priority": "interactive", "created": time.time()}
             session.execute(insert_or_ignore(self.engine, User, "name"), new)
@@ -135,9 +146,7 @@ class KeyStore:
                 user=user.name,
                 weight=user.weight,
                 priority=user.priority,
-                limits=UserLimits(
-                    user.requests_per_minute, user.tokens_per_minute, user.concurrent_requests, user.tokens_per_month
-                ),
+                limits=UserLimits.of(user),
                 models=frozenset(user.models) if user.models else None,
                 admin=key.admin,
                 key_id=key.id,
@@ -153,7 +162,7 @@ class KeyStore:
         return hmac.new(self._secret, presented.encode(), hashlib.sha256).hexdigest()
 
     def _active(self, session: Session, key_id: str) -> Key:
-        key = session.get(Key, key_id)
+        key = session.get(Key, key_id) if key_id.isalnum() else None  # PostgreSQL takes no NUL
         if key is None or key.revoked is not None:
             raise UnknownKey(key_id)
         return key

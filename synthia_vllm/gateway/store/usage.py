@@ -1,7 +1,7 @@
 """What the ledger adds up to."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -23,9 +23,6 @@ class UsageRow:
     refused: int
     prompt_tokens: int
     generated_tokens: int
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

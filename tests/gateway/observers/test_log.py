@@ -1,11 +1,13 @@
 """The request log: one line a request that was worth one."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
-from synthia_vllm.gateway.observers.log import RequestLog
+from synthia_vllm.gateway.observers.log import RequestLog, configure_logging
 from synthia_vllm.settings import LogSettings
 from tests.gateway.layers import make_exchange, make_request
 
@@ -49,3 +51,40 @@ def test_texts_are_logged_only_where_that_is_switched_on() -> None:
     assert "body" not in silent
     assert line["body"] == "a secret"
     assert logged(settings=LogSettings(requests=False)) == []
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+@pytest.mark.parametrize(
+    "character", ["\0", "\x1b", "\x9b", "\r", "\n", "\x7f", "\u2028", "\u202e", "\ud800"], ids=ascii
+)
+def test_what_a_client_sends_is_one_line_that_no_terminal_obeys(
+    form: Any, character: str, as_before: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging(LogSettings(format=form))
+    exchange = make_exchange(make_request())
+    exchange.route = f"/a{character}[31mforged"
+    exchange.model = f"b {character}"
+    exchange.body = f"c{character}d".encode(errors="replace")
+    RequestLog(LogSettings(texts=True)).ended(exchange)
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert text.rstrip("\n").isprintable()
+    assert "[31mforged" in text
+
+
+def test_a_traceback_keeps_its_lines_and_nothing_else(as_before: None, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging(LogSettings(format="console"))
+    try:
+        int("a\x1b[31m")
+    except ValueError:
+        structlog.get_logger().exception("failed")
+    text = capsys.readouterr().err
+    assert "\x1b" not in text
+    assert text.splitlines()[-1].startswith("ValueError: invalid literal")

@@ -1,13 +1,20 @@
+import contextlib
+import os
+import sqlite3
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import Engine, inspect, text
+from sqlalchemy.exc import OperationalError
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.store.database import open_database
+from synthia_vllm.gateway.store.keys import KeyStore
+from synthia_vllm.gateway.store.usage import usage
 from tests.services import Postgres
 
 TABLES = {"users", "keys", "revision", "ledger", "writers"}
@@ -113,3 +120,52 @@ def test_a_lost_connection_is_replaced(postgres: Postgres) -> None:
     with engine.connect() as connection:
         assert connection.execute(text("SELECT 1")).scalar() == 1
     engine.dispose()
+
+
+@pytest.fixture
+def backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A database with a key, in a folder that this process may not write."""
+    file = tmp_path / "backup #1?.db"
+    engine = open_database(f"sqlite:///{quote(str(file))}")
+    KeyStore(engine, b"").create("alice")
+    engine.dispose()
+    (tmp_path / f"{file.name}.lock").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    return file
+
+
+def test_a_backup_that_cant_be_written_is_read_as_it_is(backup: Path) -> None:
+    before = backup.read_bytes()
+    engine = open_database(f"sqlite:///{quote(str(backup))}", read_only=True)
+    assert [row["user"] for row in KeyStore(engine, b"").list_keys()] == ["alice"]
+    assert usage(engine) == []
+    with pytest.raises(OperationalError, match="readonly"):
+        KeyStore(engine, b"").create("bob")
+    engine.dispose()
+    assert [it.name for it in backup.parent.iterdir() if it.is_file()] == [backup.name]
+    assert backup.read_bytes() == before
+
+
+def test_what_a_server_wrote_last_is_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path}/live.db"
+    engine = open_database(url)
+    KeyStore(engine, b"").create("alice")
+    assert (tmp_path / "live.db-wal").stat().st_size
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    reading = open_database(url, read_only=True)
+    assert [row["user"] for row in KeyStore(reading, b"").list_keys()] == ["alice"]
+    reading.dispose()
+    engine.dispose()
+
+
+def test_a_backup_of_another_version_that_cant_be_written_is_told(backup: Path) -> None:
+    with contextlib.closing(sqlite3.connect(backup)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'older'")
+    with pytest.raises(SetupError, match=r"another version's.*copy it to where it can be written"):
+        open_database(f"sqlite:///{quote(str(backup))}", read_only=True)
+
+
+def test_a_file_that_is_no_database_is_told_where_it_cant_be_written(backup: Path) -> None:
+    backup.write_bytes(b"no database" * 1000)
+    with pytest.raises(SetupError, match="not a database"):
+        open_database(f"sqlite:///{quote(str(backup))}", read_only=True)

@@ -1,0 +1,180 @@
+"""The admin's routes, of a whole gateway before an engine that does nothing."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.null_port import NullEnginePort
+from synthia_vllm.cli.keys import list_keys
+from synthia_vllm.gateway.app import Gateway
+from synthia_vllm.settings import Settings
+
+
+class Operator:
+    """Asks with an admin's key."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self._key = gateway.keys.create("ops", admin=True)[1]
+
+    async def ask(self, method: str, path: str, content: str | bytes | None = None, **given: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(app=self.gateway.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            headers = {"x-api-key": self._key, "content-type": "application/json", **given.pop("headers", {})}
+            return await client.request(method, path, content=content, headers=headers, **given)
+
+    async def new_key(self, **fields: Any) -> httpx.Response:
+        return await self.ask("POST", "/admin/keys", json.dumps({"user": "bob", **fields}))
+
+
+@pytest.fixture
+async def operator(tmp_path: Path) -> AsyncIterator[Operator]:
+    access = {"mode": "keys", "database": f"sqlite:///{tmp_path}/keys.db", "secret": "x" * 32}
+    async with Gateway(NullEnginePort(), Settings(access=access, log={"requests": False})) as gateway:  # type: ignore[arg-type]
+        yield Operator(gateway)
+
+
+@pytest.fixture
+def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Local time is nine hours before UTC's."""
+    with monkeypatch.context() as changed:
+        changed.setenv("TZ", "UTC-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+def error(reply: httpx.Response) -> dict[str, Any]:
+    """The error of a reply, in OpenAI's form."""
+    found: dict[str, Any] = reply.json()["error"]
+    assert found.keys() == {"message", "type", "param", "code"}
+    return found
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "9999-12-31T23:59:59-14:00",
+        "0001-01-01T00:00:00",
+        "0001-01-01T00:00:00+14:00",
+        "2001-01-01",
+        "soon",
+        "",
+        "2099-13-01",
+        1893456000,
+        True,
+        ["2099-01-01"],
+    ],
+)
+async def test_an_end_that_is_no_moment_to_come_is_refused(operator: Operator, moment: Any) -> None:
+    reply = await operator.new_key(expires=moment)
+    assert reply.status_code == 400
+    assert error(reply)["param"] == "expires"
+    assert [row["user"] for row in (await operator.ask("GET", "/admin/keys")).json()] == ["ops"]
+
+
+@pytest.mark.parametrize("moment", ["2099-01-31", "2099-01-31T00:00:00", "2099-01-31T02:00:00+02:00"])
+async def test_a_time_without_an_offset_is_utc(operator: Operator, moment: str, tokyo: None) -> None:
+    assert (await operator.new_key(expires=moment)).status_code == 201
+    assert (await operator.ask("GET", "/admin/keys")).json()[1]["expires"] == 4073500800.0
+
+
+@pytest.mark.parametrize("name", ["since", "until"])
+async def test_usage_takes_the_same_moments(operator: Operator, name: str) -> None:
+    assert (await operator.ask("GET", f"/admin/usage?{name}=2027-01-31T00:00:00")).status_code == 200
+    for wrong in ("9999-12-31T23:59:59-14:00", "yesterday", "5"):
+        reply = await operator.ask("GET", "/admin/usage", params={name: wrong})
+        assert (reply.status_code, error(reply)["param"]) == (400, name)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("user", 5),
+        ("admin", "yes"),
+        ("admin", 1),
+        ("admin", None),
+        ("weight", "2"),
+        ("weight", True),
+        ("weight", float("nan")),
+        ("priority", 1),
+        ("requests_per_minute", "5"),
+        ("requests_per_minute", 5.0),
+        ("tokens_per_minute", True),
+        ("concurrent_requests", [1]),
+        ("tokens_per_month", 10**400),
+        ("models", []),
+        ("models", ""),
+        ("models", "synthia"),
+        ("models", [""]),
+        ("models", [" "]),
+        ("models", ["a\0"]),
+        ("models", [1]),
+        ("models", {"synthia": True}),
+        ("nonsense", 1),
+    ],
+)
+async def test_a_value_of_another_type_makes_no_key(operator: Operator, field: str, value: Any) -> None:
+    reply = await operator.new_key(**{field: value})
+    assert reply.status_code == 400
+    assert error(reply)["param"].startswith(field)
+    assert len(operator.gateway.keys.list_keys()) == 1
+
+
+@pytest.mark.parametrize("grace", ["5", True, -1, 10**12, None])
+async def test_a_grace_of_another_type_rotates_nothing(operator: Operator, grace: Any) -> None:
+    made = (await operator.new_key()).json()
+    reply = await operator.ask("POST", f"/admin/keys/{made['id']}/rotate", json.dumps({"grace_s": grace}))
+    assert (reply.status_code, error(reply)["param"]) == (400, "grace_s")
+    assert len(operator.gateway.keys.list_keys()) == 2
+
+
+@pytest.mark.parametrize("name", ["anonymous", "other", "\uff42\uff4f\uff42", "a b", ""])
+async def test_a_name_that_is_taken_for_another_is_refused(operator: Operator, name: str) -> None:
+    reply = await operator.new_key(user=name)
+    assert (reply.status_code, error(reply)["param"]) == (400, "user")
+
+
+async def test_what_is_stored_already_is_listed_whatever_it_is(
+    operator: Operator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for moment in (253402351199.0, 1e300, -1e300, float("inf")):
+        operator.gateway.keys.create("bob", expires=moment)
+    assert (await operator.ask("GET", "/admin/keys")).status_code == 200
+    url = operator.gateway.settings.access.database
+    for form in ("table", "json"):
+        list_keys.main(["--database", str(url), "--format", form], standalone_mode=False)
+    assert capsys.readouterr().out.count("Unix time") == 8
+
+
+@pytest.mark.parametrize("path", ["/admin/keys/", "/admin/nope", "/admin/keys/a/b/c", "/admin/keys/%00/rotate"])
+async def test_a_path_that_is_none_is_our_404_and_no_redirect(operator: Operator, path: str) -> None:
+    method = "POST" if path.endswith("rotate") else "GET"
+    reply = await operator.ask(method, path, headers={"host": "evil.example"})
+    assert (reply.status_code, error(reply)["code"]) == (404, "not_found")
+    assert "evil" not in reply.text
+
+
+async def test_another_method_is_our_405_with_those_that_are_right(operator: Operator) -> None:
+    reply = await operator.ask("DELETE", "/admin/users")
+    assert (reply.status_code, error(reply)["code"], reply.headers["allow"]) == (405, "method_not_allowed", "GET")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"\xff", b"[]", b"null", b'{"user": ' + b"9" * 5000 + b"}", b"[" * 100_000, b'{"\\ud800": 1}']
+)
+async def test_a_body_that_is_no_object_is_a_400(operator: Operator, body: bytes) -> None:
+    reply = await operator.ask("POST", "/admin/keys", body)
+    assert reply.status_code == 400
+    assert error(reply)["message"]
+
+
+async def test_what_breaks_is_told_in_our_form(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator.gateway.keys, "list_users", lambda: 1 / 0)
+    reply = await operator.ask("GET", "/admin/users")
+    assert (reply.status_code, error(reply)["code"]) == (500, "internal_error")
