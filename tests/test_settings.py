@@ -106,7 +106,7 @@ def test_a_secret_that_is_no_text_is_told(tmp_path: Path, monkeypatch: pytest.Mo
         ("port: 1\nhost: !!python/object/apply:os.getcwd []", "line 2, column 7: .*python/object"),
         ("port: 1\nhost: a\nport: 2", "line 3, column 1: 'port' is there twice"),
         ("prompt: {style: card, style: script}", "line 1, column 23: 'style' is there twice"),
-        ("port: 2027-13-45", "line 1, column 7: not a timestamp"),
+        ("port: !!timestamp 2027-13-45", "line 1, column 7: not a timestamp"),
         ("port: !!bool maybe", "line 1, column 7: not a bool"),
         ("port: " + "9" * 5000, "line 1, column 7: not a int"),
         ("port: *nothing", "line 1, column 7: .*alias"),
