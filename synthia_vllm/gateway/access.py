@@ -18,7 +18,6 @@ from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
 # Told without a key: probes have none.
-_PUBLIC = ("/health", "/ready")
 # Tells of all users: the operator's.
 _OPERATORS = ("/metrics", "/sd")
 _LIVE = f"{ADMIN_PREFIX}live"
