@@ -55,6 +55,10 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"not a {kind}", node.start_mark) from None
 
 
+# lm-format-enforcer, which vLLM imports, makes timestamps text in PyYAML's table for the whole process.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_timestamp)
+
+
 def _place(mark: Any) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
 

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,20 @@ def test_a_file_that_is_no_settings_is_told_with_its_place(tmp_path: Path, text:
     with pytest.raises(SetupError, match=f"^--config {re.escape(str(file))}: {told}") as error:
         load_settings(["--config", str(file)])
     assert "\n" not in str(error.value)
+
+
+def test_what_a_library_does_to_yaml_changes_no_settings(tmp_path: Path) -> None:
+    file = tmp_path / "synthia.yaml"
+    file.write_text("port: !!timestamp 2027-13-45")
+    code = (
+        "import lmformatenforcer.external.jsonschemaobjectutil, sys\n"
+        "from synthia_vllm.settings import load_settings\n"
+        "load_settings(['--config', sys.argv[1]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert "line 1, column 7: not a timestamp" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("text", ["access: {secret: [hidden]}", "upstream_key: {hidden: 1}"])
