@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
 
 
 # lm-format-enforcer, which vLLM imports, makes timestamps text in PyYAML's table for the whole process.
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_timestamp)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_yaml_timestamp(node))
 
 
 def _place(mark: Any) -> str:
