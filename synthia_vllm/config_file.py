@@ -55,8 +55,12 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"not a {kind}", node.start_mark) from None
 
 
+def _timestamp(loader: Any, node: Any) -> Any:
+    return loader.construct_yaml_timestamp(node)
+
+
 # lm-format-enforcer, which vLLM imports, makes timestamps text in PyYAML's table for the whole process.
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_yaml_timestamp(node))
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _timestamp)
 
 
 def _place(mark: Any) -> str:
