@@ -8,13 +8,18 @@ those of `null_tokens`, so whoever asks `/inference/v1/generate` needs its token
 `synthia-vllm gateway --tokenizer DIR`. There, tokens are numbered, and a reply that another null engine began goes on.
 On `/v1/chat/completions` and `/v1/completions` they are for who asks for `return_token_ids`, or with `--numbered`.
 
-`POST /fault` switches faults while it runs: a JSON object of their names. It answers with all faults and some counts.
+With `--max-num-seqs` and `--prefill-tokens-per-second` it has a queue as vLLM's (`null_queue`), and `/metrics` tells of
+it what vLLM tells, when vLLM does.
+
+`POST /fault` switches faults while it runs: a JSON object of their names. It answers with all faults, some counts, and
+whose replies are under way (`null_tokens.seed_of` their prompts).
+SIGUSR1 drains it as Ray Serve drains a replica: five seconds later its port is closed, and what runs goes to its end.
 """
 
 import asyncio
-import contextlib
 import itertools
 import secrets
+import signal
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,13 +29,14 @@ from typing import Any, get_args
 
 import click
 import msgspec
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from starlette.types import Receive, Scope, Send
 
 from benchmarks import null_generate
-from benchmarks.null_faults import ENGINE_DEAD, ENGINE_DEAD_EVENT, Faults, SseForm
+from benchmarks.null_faults import ENGINE_DEAD, ENGINE_DEAD_EVENT, Faults, MetricsLie, SseForm
 from benchmarks.null_generate import GENERATE, GenerateReply
 from benchmarks.null_http import STREAM, answer, body_of, error, left, lifespan, no_such_thing, page, written_as
+from benchmarks.null_metrics import Metrics
+from benchmarks.null_queue import Queue, Seat
 from benchmarks.null_replies import AnyReply, NumberedReply, Reply, Told
 from benchmarks.null_tokens import WrongResume, ids_of
 
@@ -38,7 +44,7 @@ _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _YIELD_EACH = 64  # chunks, at full speed: `send` does not let others run
 # Slow streams are sent to at common moments, as a real engine's steps do: else each token wakes the process.
 _SLOW_S, _STEP_S = 0.2, 0.05
-_KV_BLOCKS, _BLOCK = 4096, 16
+_DRAIN_S = 5.0  # Ray Serve 2.60 behind HAProxy: the port stays open for so long
 _WRONG = (ValueError, msgspec.MsgspecError)
 
 
@@ -47,7 +53,10 @@ class NullEngine:
 
     tokens_per_second   of each stream; None is as fast as it can
     prefill_s           before the first token
+    prefill_tokens_per_second   or in steps, by the prompts' lengths (`null_queue`)
     max_num_seqs        requests at once, the others wait in order of arrival, as in vLLM
+    blocks              of the KV cache, of 16 tokens; requests wait for them only with `max_num_seqs`
+    early_headers       a stream's headers are sent when it comes, as vLLM does, and not with its first token
     text                what each token says that is not numbered
     numbered            all tokens are numbered, also for who asks for no ids
     max_model_len       told in `/v1/models`; bounds what `/inference/v1/generate` takes and generates
@@ -64,7 +73,10 @@ class NullEngine:
         *,
         tokens_per_second: float | None = None,
         prefill_s: float = 0.0,
+        prefill_tokens_per_second: float | None = None,
         max_num_seqs: int | None = None,
+        blocks: int = 4096,
+        early_headers: bool = False,
         text: str = " word",
         numbered: bool = False,
         max_model_len: int = 1 << 17,
@@ -75,32 +87,31 @@ class NullEngine:
         break_after: int | None = None,
         faults: Faults | None = None,
     ) -> None:
-        self.running = 0
-        self.waiting = 0
         self.aborted = 0
         self.resumed = 0  # replies that another engine began
         self.wrong_resumes: list[str] = []  # and those refused because their tokens were not the reply's
-        self.prompt_tokens = 0
-        self.generated = 0
         self.asked: deque[dict[str, Any]] = deque(maxlen=100)  # the latest requests' fields
         self.faults = faults or Faults(break_after=break_after)
-        self.on_refuse: Callable[[float], Awaitable[None]] | None = None  # set by whoever holds the socket
+        # Set by whoever holds the socket.
+        self.on_refuse: Callable[[float], Awaitable[None]] | None = None
+        self.on_drain: Callable[[float], None] | None = None
         self._gap = 1 / tokens_per_second if tokens_per_second else 0.0
-        self._prefill_s = prefill_s
-        self._slots = asyncio.Semaphore(max_num_seqs) if max_num_seqs else contextlib.nullcontext()
+        self._early_headers = early_headers
+        self._queue = Queue(
+            max_num_seqs=max_num_seqs,
+            prefill_s=prefill_s,
+            tokens_per_second=prefill_tokens_per_second,
+            blocks=blocks,
+            stuck=lambda: self.faults.stuck,
+        )
+        self._seeds: dict[Seat, int | None] = {}  # of the replies under way
+        self._metrics = Metrics(self._queue, self.faults, max_num_seqs)
         self._numbered = numbered
         self._told = Told(text, max_model_len, reply_tokens, cached)
         self._generate_route = generate_route
         self._burst = burst
         self._ids = itertools.count()
         self._own = secrets.randbits(31) << 32  # no two engines' replies have one id
-        self._registry = CollectorRegistry()
-        self._times = {
-            name: Histogram(
-                f"vllm:{name}_seconds", "As vLLM names it.", ["engine", "model_name"], registry=self._registry
-            )
-            for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time")
-        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -116,25 +127,35 @@ class NullEngine:
         headers = dict(scope["headers"])
         body = await body_of(receive)
         gone = asyncio.ensure_future(left(receive))
-        begun, came = False, time.perf_counter()
-        self.waiting += 1
+        came = time.perf_counter()
         try:
-            async with self._slots:
-                begun = True
-                self.waiting -= 1
-                self._observe("request_queue_time", time.perf_counter() - came)
-                await self._begin(path, headers, body, gone, send)
-            self._observe("e2e_request_latency", time.perf_counter() - came)
+            await self._begin(path, headers, body, gone, send)
+            self._metrics.observe("e2e_request_latency", time.perf_counter() - came)
         finally:
-            self.waiting -= not begun
             gone.cancel()
         return None
+
+    @property
+    def running(self) -> int:
+        return len(self._queue.running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue.waiting) + self._queue.unseen
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._queue.prompt_tokens
+
+    @property
+    def generated(self) -> int:
+        return self._metrics.generated
 
     async def _tell(self, path: str, method: str, send: Send) -> None:
         if method not in ("GET", "HEAD"):
             return await no_such_thing(send)
         if path == "/metrics":
-            return await answer(send, 200, self._metrics().encode(), b"text/plain")
+            return await self._metrics.tell(send)
         if path == "/health":
             return await answer(send, 503 if self.faults.dead else 200, b"{}")
         if path == "/version":
@@ -161,9 +182,7 @@ class NullEngine:
             return await answer(send, 400, error(str(wrong)))
         self.resumed += reply.begun > 0
         if faults.poison is not None and faults.is_poison(prompt):
-            if not faults.poison_at:
-                faults.die()
-            reply.deadly = max(1, faults.poison_at - reply.begun)
+            reply.deadly = faults.poison_after or (max(1, faults.poison_at - reply.begun) if faults.poison_at else 0)
         if faults.sse is not None and path == _COMPLETIONS:
             if faults.sse == "html":
                 return await page(send)
@@ -193,37 +212,58 @@ class NullEngine:
         return Reply(request, chat, number, prompt, told), prompt
 
     async def _generate(self, reply: AnyReply, gone: asyncio.Future[None], send: Send) -> None:
-        self.running += 1
-        self.prompt_tokens += reply.prompt
+        came = time.perf_counter()
+        seat = self._queue.arrive(reply.prompt)
+        self._seeds[seat] = reply.seed
         try:
-            waits = self._prefill_s + (0.0 if reply.stream else self._gap * reply.tokens)
-            if waits:
-                await asyncio.wait((gone,), timeout=waits)
-            if self.faults.hang:
-                await self.faults.strike(0, gone)
+            early = reply.stream and self._early_headers and not self.faults.hang
+            if early:
+                await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+            await self._queue.prefill(seat, gone)
+            if reply.deadly == 0:
+                self.faults.die()
+            self._metrics.observe("request_queue_time", time.perf_counter() - came)
+            if self.faults.hang or self.faults.stuck:
+                await self.faults.hold(gone)
             if gone.done():
                 self.aborted += 1
             elif reply.stream:
-                self._observe("time_to_first_token", self._prefill_s + self._gap)
-                self._observe("inter_token_latency", self._gap)  # one a stream: more would slow it down
-                await self._stream(reply, gone, send)
-            elif self.faults.dead:
-                await answer(send, 500, ENGINE_DEAD)
+                if not early:
+                    await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+                self._metrics.observe("time_to_first_token", time.perf_counter() - came + self._gap)
+                self._metrics.observe("inter_token_latency", self._gap)  # one a stream: more would slow it down
+                await self._stream(reply, seat, gone, send)
             else:
-                self.generated += reply.tokens * reply.choices
-                await answer(send, 200, reply.whole())
+                await self._whole(reply, seat, gone, send)
+            self._metrics.observe("request_prefill_time", max(0.0, seat.computed_at - seat.began))
         finally:
-            self.running -= 1
+            self._queue.leave(seat)
+            self._seeds.pop(seat)
 
-    async def _stream(self, reply: AnyReply, gone: asyncio.Future[None], send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM})
+    async def _whole(self, reply: AnyReply, seat: Seat, gone: asyncio.Future[None], send: Send) -> None:
+        for number in range(1, reply.tokens + 1):
+            await self._pause(number, gone)
+            if self.faults.hang or self.faults.stuck:
+                await self.faults.hold(gone)
+            if gone.done():
+                self.aborted += 1
+                return None
+            if self.faults.dead:
+                return await answer(send, 500, ENGINE_DEAD)
+            if number == reply.deadly:
+                self.faults.die()
+            self._metrics.generated += reply.choices
+            seat.made = number
+        return await answer(send, 200, reply.whole())
+
+    async def _stream(self, reply: AnyReply, seat: Seat, gone: asyncio.Future[None], send: Send) -> None:
         if first := reply.first():
             await send({"type": "http.response.body", "body": first, "more_body": True})
         chunk, gap, faults, burst = reply.chunk, self._gap, self.faults, self._burst
         held: list[bytes] = []
         for number in range(1, reply.tokens + 1):
             if gap:
-                await self._pause(gone)
+                await self._pause(number, gone)
             elif not number % _YIELD_EACH:
                 await asyncio.sleep(0)
             if gone.done():
@@ -237,7 +277,8 @@ class NullEngine:
                     return await send({"type": "http.response.body", "body": b"", "more_body": False})
             if number == reply.deadly:
                 faults.die()
-            self.generated += reply.choices
+            self._metrics.generated += reply.choices
+            seat.made = number
             for index in range(reply.choices):
                 held.append(chunk(number, index))
                 if gap or len(held) >= burst:
@@ -246,12 +287,15 @@ class NullEngine:
         await send({"type": "http.response.body", "body": reply.last(), "more_body": False})
         return None
 
-    async def _pause(self, gone: asyncio.Future[None]) -> None:
-        """Until the next token is due, or the client has left."""
+    async def _pause(self, number: int, gone: asyncio.Future[None]) -> None:
+        """Until this token is due, or the client has left."""
         gap = self._gap
+        if not gap or (number == 1 and self._queue.in_steps):
+            return  # the step that ends a prefill has the first token
         if gap >= _SLOW_S:
             gap -= asyncio.get_running_loop().time() % _STEP_S
         await asyncio.wait((gone,), timeout=gap)
+        await self._queue.step_over(gone)
 
     async def _change_faults(self, body: bytes, send: Send) -> None:
         """`POST /fault`: switches those that are named; answers with all, and with what has become of requests."""
@@ -259,33 +303,17 @@ class NullEngine:
             self.faults.change(msgspec.json.decode(body) if body else {})
         except (*_WRONG, TypeError) as wrong:
             return await answer(send, 400, msgspec.json.encode({"error": str(wrong)}))
-        counts = {name: getattr(self, name) for name in ("running", "aborted", "resumed", "wrong_resumes")}
-        await answer(send, 200, msgspec.json.encode({"faults": self.faults.as_dict(), **counts}))
+        self._metrics.counters()  # those that are to stand still do from now on
+        counts = {name: getattr(self, name) for name in ("running", "waiting", "aborted", "resumed", "wrong_resumes")}
+        told = {"faults": self.faults.as_dict(), **counts, "seeds": list(self._seeds.values())}
+        await answer(send, 200, msgspec.json.encode(told))
         if self.faults.refuse_s is not None and self.on_refuse is not None:
             seconds, self.faults.refuse_s = self.faults.refuse_s, None
             await self.on_refuse(seconds)
+        if self.faults.drain_s is not None and self.on_drain is not None:
+            seconds, self.faults.drain_s = self.faults.drain_s, None
+            self.on_drain(seconds)
         return None
-
-    def _observe(self, name: str, seconds: float) -> None:
-        self._times[name].labels("0", "null").observe(seconds)
-
-    def _metrics(self) -> str:
-        labels = 'engine="0",model_name="null"'
-        series = (
-            ("cache_config_info", "gauge", f'block_size="{_BLOCK}",engine="0",num_gpu_blocks="{_KV_BLOCKS}"', 1.0),
-            ("num_requests_running", "gauge", labels, float(self.running)),
-            ("num_requests_waiting", "gauge", labels, float(self.waiting)),
-            ("kv_cache_usage_perc", "gauge", labels, self.running / 1000),
-            ("num_preemptions_total", "counter", labels, 0.0),
-            ("prompt_tokens_total", "counter", labels, float(self.prompt_tokens)),
-            ("generation_tokens_total", "counter", labels, float(self.generated)),
-            ("prefix_cache_queries_total", "counter", labels, float(self.prompt_tokens)),
-            ("prefix_cache_hits_total", "counter", labels, 0.0),
-        )
-        return generate_latest(self._registry).decode() + "".join(
-            f"# HELP vllm:{name} As vLLM names it.\n# TYPE vllm:{name} {kind}\nvllm:{name}{{{labels}}} {value}\n"
-            for name, kind, labels, value in series
-        )
 
 
 async def _flush(held: list[bytes], send: Send) -> None:
@@ -315,7 +343,11 @@ async def serve(engine: NullEngine, host: str, port: int) -> None:
         )
         server.servers = [again]
 
-    engine.on_refuse = refuse
+    def drain(seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, setattr, server, "should_exit", True)
+
+    engine.on_refuse, engine.on_drain = refuse, drain
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, drain, _DRAIN_S)
     await server.serve()
 
 
@@ -331,7 +363,10 @@ _SSE_HELP = "A fault: how else streams of /v1/completions are written. html and 
 @click.option("--tokenizer-folder", type=click.Path(file_okay=False, path_type=Path), help=_TOKENIZER_HELP)
 @click.option("--tokens-per-second", type=float, help="Of each stream (default: as fast as it can).")
 @click.option("--prefill-s", type=float, default=0.0, show_default=True, help="Seconds before a first token.")
+@click.option("--prefill-tokens-per-second", type=float, help="Prefill by the prompts' lengths instead, in steps.")
 @click.option("--max-num-seqs", type=int, help="Requests at once; the others wait in order of arrival.")
+@click.option("--num-gpu-blocks", "blocks", type=int, default=4096, show_default=True, help="KV cache, of 16 tokens.")
+@click.option("--early-headers", is_flag=True, help="A stream's headers come before its turn, as vLLM sends them.")
 @click.option("--max-model-len", type=int, default=1 << 17, show_default=True, help="Tokens of prompt and reply.")
 @click.option("--reply-tokens", type=int, help="EOS comes after so many tokens of a reply (default: never).")
 @click.option("--cached-tokens", "cached", type=int, help="Told as in the prefix cache (default: not told).")
@@ -347,10 +382,13 @@ _SSE_HELP = "A fault: how else streams of /v1/completions are written. html and 
 @click.option("--end-after", type=int, help="A fault: each stream just ends after so many tokens.")
 @click.option("--stall-after", type=int, help="A fault: each stream falls silent after so many tokens.")
 @click.option("--hang", is_flag=True, help="A fault: nothing is sent.")
+@click.option("--stuck", is_flag=True, help="A fault: no tokens, though HTTP answers.")
+@click.option("--metrics", type=click.Choice(get_args(MetricsLie)), help="A fault: what /metrics does instead.")
 @click.option("--status", type=int, help="A fault: every request gets this error.")
 @click.option("--dead", is_flag=True, help="A fault: says in every stream that its engine is dead.")
 @click.option("--poison", help="A fault: a prompt with this text in it ends the process.")
 @click.option("--poison-at", type=int, default=0, help="Not at once, but at this token of its reply.")
+@click.option("--poison-after", type=int, default=0, help="Or at so many tokens of it made here.")
 @click.option("--usage-lie", type=int, default=0, help="A fault: so many tokens more are told.")
 @click.option("--sse", type=click.Choice(get_args(SseForm)), help=_SSE_HELP)
 def main(
@@ -359,7 +397,10 @@ def main(
     tokenizer_folder: Path | None,
     tokens_per_second: float | None,
     prefill_s: float,
+    prefill_tokens_per_second: float | None,
     max_num_seqs: int | None,
+    blocks: int,
+    early_headers: bool,
     max_model_len: int,
     reply_tokens: int | None,
     cached: int | None,
@@ -371,7 +412,8 @@ def main(
     """Serve the null engine, bare: vLLM's HTTP shapes without a model.
 
     Faults can also be switched while it runs: POST /fault with a JSON object of their names (break_after, end_after,
-    stall_after, hang, status, dead, poison, poison_at, usage_lie, refuse_s, sse).
+    stall_after, hang, stuck, metrics, status, dead, poison, poison_at, poison_after, usage_lie, refuse_s, drain_s,
+    sse).
     """
     if tokenizer_folder is not None:
         from benchmarks.null_tokenizer import write
@@ -388,7 +430,10 @@ def main(
     engine = NullEngine(
         tokens_per_second=tokens_per_second,
         prefill_s=prefill_s,
+        prefill_tokens_per_second=prefill_tokens_per_second,
         max_num_seqs=max_num_seqs,
+        blocks=blocks,
+        early_headers=early_headers,
         max_model_len=max_model_len,
         reply_tokens=reply_tokens,
         cached=cached,

@@ -55,6 +55,7 @@ class GenerateReply:
         room = told.max_model_len - self.prompt
         sampling = sampling_of(given, room)
         self._seed, self.begun = split(request.token_ids)
+        self.seed: int | None = self._seed
         ends_after = told.reply_tokens and max(0, told.reply_tokens - self.begun)
         pieces = partial(words, self._seed, self.begun)
         self._ending = ending(pieces, sampling, min(sampling.max_tokens, room), ends_after, may_stop(sampling))

@@ -31,6 +31,7 @@ class AnyReply(Protocol):
     stream: bool
     prompt: int  # tokens
     begun: int  # tokens that another engine generated
+    seed: int | None  # of numbered tokens
     deadly: int | None  # the token that the process dies of
 
     def first(self) -> bytes: ...
@@ -66,6 +67,7 @@ class Reply:
         self.choices: int = request.get("n") or 1
         self.begun = 0
         self.deadly: int | None = None
+        self.seed: int | None = None
         self._chat = chat
         self._text = told.text
         self._lie = told.lie
@@ -197,6 +199,7 @@ class NumberedReply(Reply):
     def _end(self, told: Told) -> Ending:
         self._offset = 0
         self._seed, self.begun = split(self._prompt_ids)
+        self.seed = self._seed
         pieces = partial(words, self._seed, self.begun)
         ends_after = told.reply_tokens and max(0, told.reply_tokens - self.begun)
         return ending(pieces, self.sampling, self.sampling.max_tokens, ends_after, may_stop(self.sampling))

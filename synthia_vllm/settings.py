@@ -211,6 +211,13 @@ class ClusterSettings(BaseModel):
             "with Ray, an even share of its machine)"
         ),
     ] = None
+    accelerator: Annotated[
+        Literal["auto", "cpu", "gpu"],
+        Field(
+            description="nodes that engine replicas are planned for; cpu and gpu wait until there is one, auto takes "
+            "those that are up: GPUs if any, else CPUs"
+        ),
+    ] = "auto"
     pipeline_parallel_size: Annotated[PositiveInt, Field(description="nodes that share the model, layer by layer")] = 1
     surge: Annotated[
         bool, Field(description="a rollout starts a new replica before it stops an old one; needs room for one more")
@@ -223,10 +230,14 @@ class ClusterSettings(BaseModel):
         float, Field(ge=1, description="a conversation leaves a replica busier than so many times the mean")
     ] = 1.5
     canary_period_s: Annotated[
-        PositiveFloat, Field(description="a replica that sent nothing for so long is asked for one token")
+        PositiveFloat, Field(description="a replica is asked so often what it does, and for one token if nothing")
     ] = 2.0
     canary_deadline_s: Annotated[
-        PositiveFloat, Field(description="without that token by then it is out, and its streams go on elsewhere")
+        PositiveFloat,
+        Field(
+            description="one that has work and shows no progress for so long, and the time of the prompts in front, is "
+            "out, and its streams go on elsewhere"
+        ),
     ] = 10.0
     handover_s: Annotated[
         NonNegativeFloat, Field(description="streams of a replica that is to stop move to another one after so long")
@@ -235,8 +246,8 @@ class ClusterSettings(BaseModel):
         NonNegativeFloat, Field(description="a new replica gets its full share of requests only after so long")
     ] = 10.0
     max_losses: Annotated[
-        PositiveInt, Field(description="a request under which so many replicas died without a token is refused")
-    ] = 2
+        PositiveInt, Field(description="a request under which so many replicas were lost is refused")
+    ] = 3
     max_resumes: Annotated[PositiveInt, Field(description="a request moves to another replica at most so often")] = 16
     replay: Annotated[
         bool | None,
@@ -259,7 +270,8 @@ class ClusterSettings(BaseModel):
         PositiveFloat, Field(description="a replica that does not answer that for so long, three times, is replaced")
     ] = 30.0
     max_requests_per_replica: Annotated[
-        PositiveInt, Field(description="requests that the gateways give a replica at once, on average")
+        PositiveInt,
+        Field(description="requests that the gateways give a replica at once, or as many as it runs if less"),
     ] = 1024
 
 
@@ -345,6 +357,14 @@ class DeploySettings(BaseModel):
     keda: Annotated[
         bool, Field(description="Kubernetes without Ray: one server a pod, scaled by KEDA to cluster.max-replicas")
     ] = False
+    gcs_redis: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[^\s:/@]+:\d+$",
+            description="Redis, HOST:PORT, in which Ray's head keeps what it knows: one that is lost comes back to its "
+            "cluster; its password is the secret gcs_redis",
+        ),
+    ] = None
     instance_type: Annotated[str, Field(description="`ray` in a cloud: the machine type that engines run on")] = (
         "g6e.2xlarge"
     )

@@ -101,7 +101,6 @@ def _upstream(settings: Settings) -> "Upstreams | ReplicaPool":
             context=context,
             key=key,
             connect_timeout=connect,
-            read_timeout=read,
         )
     return Upstreams(
         settings.upstream, tokenizer=tokenizer, context=context, key=key, connect_timeout=connect, read_timeout=read

@@ -22,7 +22,7 @@ from synthia_vllm.gateway.observers.log import configure_logging
 from synthia_vllm.replicas.pool import ReplicaPool
 from synthia_vllm.settings import Settings
 
-# Our own queue bounds what comes in. This only has to be more, else Serve would refuse what we would let wait.
+# Our own queue bounds what comes in. This only has to be more, else requests would wait in Serve's, which is not fair.
 _UNBOUNDED = 1_000_000
 
 
@@ -84,7 +84,6 @@ class ClusterGateway:
             names=(find_model(settings.model)[1],) if settings.model else (),
             key=engine_key(settings),
             connect_timeout=timeouts.upstream_connect,
-            read_timeout=timeouts.upstream_read,
         )
         await self._ending.enter_async_context(pool)
         stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
@@ -115,7 +114,9 @@ class ClusterGateway:
 def share(capacity: Capacity, replicas: int, settings: Settings) -> Capacity:
     """This gateway's part of what the replicas hold: Serve spreads requests evenly over gateways."""
     gateways = settings.cluster.gateways
-    requests = settings.cluster.max_requests_per_replica * replicas
+    requests = capacity.requests
+    if requests is None:  # no replica has told how many it runs at once
+        requests = settings.cluster.max_requests_per_replica * replicas
     return replace(
         capacity,
         tokens=None if capacity.tokens is None else max(1, capacity.tokens // gateways),

@@ -1,6 +1,7 @@
 """One request to one engine, whose reply is read as it comes."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -13,8 +14,9 @@ from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.http import EngineRefused, refusal
 from synthia_vllm.replicas.sse import EventReader, EventTooLong
 
-# died: the connection broke; hung: nothing came in time; drained: it is to stop; error: it said so itself.
-LossReason = Literal["died", "hung", "drained", "error"]
+# died: the connection broke; hung: its engine stands still; drained: it is to stop; error: it said so itself;
+# overlong: the reply took longer than any may.
+LossReason = Literal["died", "hung", "drained", "error", "overlong"]
 
 DONE = b"[DONE]"
 _END_S = 1.0  # that a connection's end may take once all is said
@@ -48,9 +50,14 @@ class Attempt:
         *,
         heard: Callable[[], None] = lambda: None,
         movable: bool = False,
+        prompt_tokens: int = 0,
+        ends_at: float = math.inf,
     ) -> None:
         self.endpoint = endpoint
         self.movable = movable  # can go on elsewhere at no cost
+        self.prompt_tokens = prompt_tokens  # that the engine has to compute before it can answer; 0 once it has
+        self.begun = False  # a byte of the reply has come
+        self.ends_at = ends_at  # loop time
         self.taken: LossReason | None = None
         self._session = session
         self._headers = headers
@@ -90,19 +97,26 @@ class Attempt:
         """
         reply = await self._post(path, body)
         if reply.content_type == "application/json":
-            yield [await reply.read()]
+            whole = await reply.read()
+            self._begin()
+            yield [whole]
             return
         if reply.content_type != "text/event-stream":
             raise EngineRefused(502, f"it sent {reply.content_type} where a stream was due")
         feed, readany, heard = EventReader().feed, reply.content.readany, self._heard
         while part := await readany():
             heard()
+            if not self.begun:
+                self._begin()
             events = feed(part)
             if DONE in events:
                 yield events[: events.index(DONE)]
                 await self._end(reply)
                 return
             yield events
+
+    def _begin(self) -> None:
+        self.begun, self.prompt_tokens = True, 0
 
     async def _post(self, path: str, body: bytes) -> aiohttp.ClientResponse:
         """The reply, as soon as its headers are there. Raises AttemptLost if taken away."""
@@ -118,7 +132,6 @@ class Attempt:
                 raise AttemptLost(self.taken) from None
             raise
         self._reply = reply
-        self._heard()
         if reply.status != 200:
             said = await reply.content.read(_MAX_ERROR_BYTES)
             raise refusal(reply.status, said, reply.headers.get("Retry-After"))

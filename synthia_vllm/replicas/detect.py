@@ -64,7 +64,7 @@ async def detect(
     # A request without a field: whoever has the route says so, whoever has not says that.
     async with session.post(endpoint.url + GENERATE, json={}, headers=headers, timeout=timeout) as reply:
         said = await reply.content.read(1024)
-        if reply.status >= 500 and reply.status != 501:
+        if reply.status in (401, 403) or (reply.status >= 500 and reply.status != 501):
             raise refusal(reply.status, said)
         kind: Kind = "generate" if reply.status in (400, 422) else "completions"
     endpoint.vllm = endpoint.vllm or kind == "generate"

@@ -5,7 +5,6 @@ from typing import Any
 
 import aiohttp
 import msgspec
-from prometheus_client.parser import text_string_to_metric_families
 
 from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost
 
@@ -13,13 +12,15 @@ _KEEP_ALIVE_S = 4.0  # less than the 5 of vLLM's uvicorn, so that no request mee
 _READ_BUFFER = 256 * 1024
 _MAX_MESSAGE = 1000  # characters of an engine's error that go on
 _MAX_RETRY_AFTER_S = 60.0
-_CACHE_SERIES = "vllm:cache_config_info"
-BUSY = (429, 503)  # 503 is what Ray Serve answers over max_ongoing_requests
+BUSY = (429, 503)  # as servers and proxies in front of an engine say it
 _OURS = (401, 403, 404, 405, 408)  # 4xx that the request's author can't help
 
 
-def open_session(connect_timeout: float, read_timeout: float) -> aiohttp.ClientSession:
-    """The connections to engines: as many as there are requests, replies as they come. Timeouts in seconds."""
+def open_session(connect_timeout: float, read_timeout: float | None) -> aiohttp.ClientSession:
+    """The connections to engines: as many as there are requests, replies as they come.
+
+    Timeouts in seconds; `read_timeout` None where somebody else judges silence.
+    """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout),
@@ -84,27 +85,6 @@ def refusal(status: int, body: bytes, retry_after: str | None = None) -> EngineR
     waits = float(retry_after) if retry_after and retry_after.isdecimal() else 1.0
     text = message or body[:200].decode(errors="replace") or "nothing"
     return EngineRefused(status, text, param=param, retry_after=min(waits, _MAX_RETRY_AFTER_S))
-
-
-async def cache_size(url: str, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> int | None:
-    """Tokens that an engine's KV cache holds, from vLLM's `/metrics`; None where it does not tell.
-
-    Raises aiohttp's errors and TimeoutError.
-    """
-    async with session.get(f"{url}/metrics", headers=headers) as reply:
-        text = await reply.text(errors="replace") if reply.status == 200 else ""
-    # The whole page takes the parser milliseconds.
-    told = "\n".join(line for line in text.splitlines() if line.startswith(_CACHE_SERIES))
-    try:
-        samples = [sample for family in text_string_to_metric_families(told + "\n") for sample in family.samples]
-    except ValueError:
-        return None
-    sizes = [
-        int(sample.labels["num_gpu_blocks"]) * int(sample.labels["block_size"])
-        for sample in samples
-        if sample.labels.get("num_gpu_blocks", "").isdecimal() and sample.labels.get("block_size", "").isdecimal()
-    ]
-    return sum(sizes) if sizes else None
 
 
 def error_message(error: Any) -> tuple[str | None, str | None]:

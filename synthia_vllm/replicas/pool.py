@@ -1,8 +1,9 @@
 """The replicas as one engine: who is there, who is well, and who takes the next request."""
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence, Set
 from typing import Any
 
 import aiohttp
@@ -14,8 +15,11 @@ from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import Overloaded
 from synthia_vllm.metrics.replicas import ReplicaView
 from synthia_vllm.replicas.attempt import LossReason
+from synthia_vllm.replicas.budget import RetryBudget
+from synthia_vllm.replicas.counters import ask_counters
 from synthia_vllm.replicas.detect import COMPLETIONS, GENERATE, Endpoint, detect, least_context
-from synthia_vllm.replicas.http import EngineRefused, cache_size, open_session, own_headers
+from synthia_vllm.replicas.health import Health
+from synthia_vllm.replicas.http import EngineRefused, open_session, own_headers, refusal
 from synthia_vllm.replicas.models import ModelList
 from synthia_vllm.replicas.replica import Replica, Waiter
 from synthia_vllm.replicas.routing import Router
@@ -24,6 +28,7 @@ from synthia_vllm.settings import ClusterSettings
 
 _TICK_S = 0.2
 _RETRY_AFTER_S = 2.0
+_STALLED_S = 1.0  # a longer tick means that this process did not run
 _FAILED_AGAIN_S = 0.5  # a replica that is not up is asked again so soon
 _CANARY = {"max_tokens": 1, "temperature": 0}
 
@@ -33,9 +38,11 @@ _log = structlog.get_logger(__name__)
 class ReplicaPool:
     """An engine that generates on the replicas it is told of, and goes on from another when one is lost.
 
-    A replica takes requests from the moment that it has answered a canary, one generated token, and is asked for
-    another whenever it has sent nothing for a while. Without it by the deadline the replica is out, and what ran on
-    it goes on elsewhere (`synthia_vllm.replicas.sequence`). Replicas that are not listed any more drain.
+    A replica takes requests from the moment that it has answered a canary, one generated token. From then on it is
+    judged by what it does (`synthia_vllm.replicas.health`), and asked for another token when it has nothing to do. One
+    that hangs is out, and what ran on it goes on elsewhere (`synthia_vllm.replicas.sequence`); one that refuses
+    connections or answers a canary with an error gets no more requests, and those it has depend on their own
+    connections. Replicas that are not listed any more drain: whatever their port says, what runs there finishes.
 
     Requests wait in order of arrival while no replica is up, at most `start_wait_s`: 503 after that. `async with` opens
     the connections and watches the replicas. `on_capacity` is told when what all of them hold changes.
@@ -50,18 +57,18 @@ class ReplicaPool:
         names: Sequence[str] = (),
         key: str | None = None,
         connect_timeout: float = 5.0,
-        read_timeout: float = 300.0,
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer  # None: prompts go as text
         self.headers = own_headers(key)  # of every question to a replica; `key` is what they ask for
         self.on_capacity: Callable[[Capacity], None] | None = None
         self.session: aiohttp.ClientSession
+        self.budget: RetryBudget
         self.tokens_per_replica: int | None = None  # KV cache of one, as the last one told
         self.root: str | None = None  # unknown until a replica tells it
         self.context = context  # None: unknown until a replica tells it
         self._context_is_set = context is not None
-        self._timeouts = connect_timeout, read_timeout
+        self._connect_timeout = connect_timeout
         self._router = Router(settings.routing, settings.max_load_factor)
         self._replicas: dict[str, Replica] = {}
         self._waiters: deque[Waiter] = deque()
@@ -71,12 +78,14 @@ class ReplicaPool:
 
     async def __aenter__(self) -> "ReplicaPool":
         self._loop = asyncio.get_running_loop()
-        self.session = open_session(*self._timeouts)
+        self.session = open_session(self._connect_timeout, None)  # silence is judged here
+        self.budget = RetryBudget(self._loop.time)
         self._watch = asyncio.create_task(self._run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        tasks = [self._watch, *(replica.canary for replica in self._replicas.values() if replica.canary)]
+        asked = [task for replica in self._replicas.values() for task in (replica.asking, replica.canary) if task]
+        tasks = [self._watch, *asked]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -87,13 +96,13 @@ class ReplicaPool:
         """Tells which replicas there are: name to base URL, with vLLM's routes under it."""
         for name, url in listed.items():
             if name not in self._replicas:
-                endpoint = Endpoint(url.rstrip("/"))
-                replica = self._replicas[name] = Replica(name, endpoint, last_heard=self._loop.time())
+                health = Health(self.settings.canary_deadline_s, self._loop.time())
+                replica = self._replicas[name] = Replica(name, Endpoint(url.rstrip("/")), health)
                 _log.info("replica_listed", replica=name, url=url)
                 self._ask(replica)
             elif self._replicas[name].draining_since is not None:
                 self._replicas[name].draining_since = None
-                self._prove(self._replicas[name])
+                self._doubt(self._replicas[name])
         for replica in list(self._replicas.values()):
             if replica.name not in listed and replica.draining_since is None:
                 _log.info("replica_drains", replica=replica.name, in_flight=replica.in_flight)
@@ -124,7 +133,9 @@ class ReplicaPool:
         return await self._models.of([one.endpoint for one in found if one.state == "up" or not self.up()])
 
     async def ready(self) -> bool:
-        return bool(self.up())
+        """Whether a request would be taken: by a replica, or by the queue for one where none is meant to run."""
+        sleeps = self.settings.min_replicas == 0 and self.settings.max_replicas is not None
+        return bool(self.up()) or (sleeps and not any(one.state in ("up", "out") for one in self._replicas.values()))
 
     # For `PooledSequence`
 
@@ -170,19 +181,23 @@ class ReplicaPool:
         self._hand_out()
 
     def heard(self, replica: Replica) -> None:
-        """A byte came: the replica lives."""
-        replica.last_heard = self._loop.time()
+        """A byte came: the replica works."""
+        replica.health.heard(self._loop.time())
 
     def lost(self, replica: Replica, reason: LossReason) -> None:
         """A request lost this replica: whether others did is found out now."""
-        if reason != "drained" and replica.state == "up":
-            self._prove(replica)
+        if reason in ("died", "error") and replica.state == "up":
+            self._doubt(replica)
+
+    def retry_delay(self) -> float:
+        """Seconds before a request may be asked again."""
+        return self.budget.delay(sum(replica.in_flight for replica in self._replicas.values()))
 
     # Who is well
 
-    def _prove(self, replica: Replica) -> None:
-        """Gives it no more requests until it has answered a canary."""
-        replica.state = "unproven"
+    def _doubt(self, replica: Replica) -> None:
+        """Gives it no more requests until it has shown that it works."""
+        replica.state, replica.doubted_at = "unproven", self._loop.time()
         self._tell_capacity()
         self._ask(replica)
 
@@ -195,7 +210,10 @@ class ReplicaPool:
             and not (on_trial and replica.on_trial)
             and replica.in_flight < replica.limit(now, self.settings.slow_start_s)
         ]
-        return self._router.pick([replica for replica in free if replica not in avoid] or free, affinity)
+        free = [replica for replica in free if replica not in avoid] or free
+        # What waits inside an engine waits in order of arrival, and not fairly.
+        with_room = [replica for replica in free if replica.in_flight < (replica.max_requests or math.inf)]
+        return self._router.pick(with_room or free, affinity)
 
     def _take(self, replica: Replica, on_trial: bool) -> Replica:
         replica.in_flight += 1
@@ -214,63 +232,86 @@ class ReplicaPool:
                     waiter.given.set_result(self._take(replica, waiter.on_trial))
 
     async def _run(self) -> None:
+        now = self._loop.time()
         while True:
-            now = self._loop.time()
+            await asyncio.sleep(_TICK_S)
+            slept, now = self._loop.time() - now, self._loop.time()
             for replica in list(self._replicas.values()):
+                if slept > _STALLED_S:
+                    replica.health.forgive(slept)  # it may have told all the time, and nobody here listened
                 self._look_after(replica, now)
             if self._waiters:
                 self._hand_out()  # a new replica may take more than a moment ago
-            await asyncio.sleep(_TICK_S)
 
     def _look_after(self, replica: Replica, now: float) -> None:
-        up = replica.state in ("up", "draining")
-        silent_since = max(replica.last_heard, replica.asked_at)
-        if now - silent_since >= (self.settings.canary_period_s if up else _FAILED_AGAIN_S):
+        for attempt in list(replica.attempts):
+            if now >= attempt.ends_at:
+                attempt.take_away("overlong")
+        if replica.draining_since is not None:
+            if now - replica.draining_since >= self.settings.handover_s and self.up():
+                replica.take_attempts_away("drained", only_movable=True)
+            return
+        up = replica.state == "up"
+        if now - replica.asked_at >= (self.settings.canary_period_s if up else _FAILED_AGAIN_S):
             self._ask(replica)
-        since = replica.draining_since
-        if since is not None and now - since >= self.settings.handover_s and self.up():
-            replica.take_attempts_away("drained", only_movable=True)
+        if up:
+            if replica.stands_still(now):
+                self._out(replica, "hung")
+        elif replica.up_since is not None and replica.health.moved_at > replica.doubted_at and replica.busy:
+            self._is_up(replica)
+        elif replica.hangs and self.up():
+            replica.take_attempts_away("hung")
 
     def _ask(self, replica: Replica) -> None:
-        if replica.canary is None or replica.canary.done():
-            replica.asked_at = self._loop.time()
-            replica.canary = asyncio.create_task(self._canary(replica))
+        """Asks for its counters, and for a token if it has nothing else to do or does not say."""
+        now = self._loop.time()
+        if replica.asking is None or replica.asking.done():
+            replica.asked_at = now
+            replica.asking = asyncio.create_task(self._judged(replica, self._counters))
 
-    async def _canary(self, replica: Replica) -> None:
-        """Asks for one token, and learns what the replica is and holds when it is new."""
+    async def _judged(self, replica: Replica, ask: Callable[[Replica], Awaitable[None]], seconds: float = 0.0) -> None:
+        """Asks a question. What becomes of it says how the replica is."""
         began = self._loop.time()
         try:
-            async with asyncio.timeout(self.settings.canary_deadline_s):
-                answered = await self._one_token(replica.endpoint)
-                if answered and replica.tokens is None:
-                    replica.tokens = await cache_size(replica.endpoint.url, self.session, self.headers)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            refused = isinstance(error, aiohttp.ClientConnectorError)
-            if refused or replica.last_heard <= began:
-                # A connection that breaks, also a canary's, is a death; silence is a hang.
-                self._out(replica, "hung" if isinstance(error, TimeoutError) else "died")
-            return
-        if not answered:
-            if replica.last_heard <= began:
+            async with asyncio.timeout(seconds or self.settings.canary_deadline_s):
+                await ask(replica)
+        except aiohttp.ClientConnectorError:
+            self._out(replica, "died")
+        except aiohttp.ClientError:
+            if replica.state == "up":
+                self._doubt(replica)
+        except TimeoutError:
+            if replica.health.answered_at <= began:
+                self._out(replica, "hung")
+        except EngineRefused as refused:
+            if not refused.busy:
                 self._out(replica, "error")
-            return
-        self.heard(replica)
-        if replica.state in ("unproven", "out"):
-            _log.info("replica_up", replica=replica.name, speaks=replica.endpoint.kind)
-            replica.state = "up"
-            replica.up_since = replica.up_since or self._loop.time()
-            self._tell_capacity()
-            self._hand_out()
+                self._tell_of_key(replica, refused)
 
-    async def _one_token(self, endpoint: Endpoint) -> bool:
+    async def _counters(self, replica: Replica) -> None:
+        endpoint, health = replica.endpoint, replica.health
         if endpoint.kind is None:
-            try:
-                await detect(endpoint, self.session, self.headers, tokens=self.tokenizer is not None)
-                self.root = self.root or endpoint.root
-                if not self._context_is_set:
-                    self.context = least_context(replica.endpoint for replica in self._replicas.values())
-            except EngineRefused:
-                return False
+            await detect(endpoint, self.session, self.headers, tokens=self.tokenizer is not None)
+            self.root = self.root or endpoint.root
+            if not self._context_is_set:
+                self.context = least_context(one.endpoint for one in self._replicas.values())
+        held = replica.cache_tokens, replica.max_requests
+        health.told(await ask_counters(endpoint.url, self.session, self.headers), self._loop.time())
+        if replica.state == "up" and held != (replica.cache_tokens, replica.max_requests):
+            self._tell_capacity()
+        now = self._loop.time()
+        silent = (
+            now - max(replica.canary_at, health.moved_at if not health.tells else 0) >= self.settings.canary_period_s
+        )
+        if replica.canary_waits or (replica.state == "up" and not silent):
+            return
+        if health.requests == 0 and (not health.tells or all(attempt.begun for attempt in replica.attempts)):
+            replica.canary_at = now
+            replica.canary = asyncio.create_task(self._judged(replica, self._canary, 2 * health.patience))
+
+    async def _canary(self, replica: Replica) -> None:
+        """Asks for one token."""
+        endpoint = replica.endpoint
         body: dict[str, Any]
         if endpoint.kind == "generate":
             path, body = GENERATE, {"token_ids": [1], "sampling_params": _CANARY}
@@ -278,36 +319,64 @@ class ReplicaPool:
             path, body = COMPLETIONS, {"model": endpoint.model(""), "prompt": [1], **_CANARY}
         data, headers = msgspec.json.encode(body), {**self.headers, "Content-Type": "application/json"}
         async with self.session.post(endpoint.url + path, data=data, headers=headers) as reply:
-            await reply.read()
-            if reply.status in (404, 405):
-                endpoint.kind = None  # what is there now is something else
-            return reply.status == 200
+            said = await reply.read()
+        if reply.status in (404, 405):
+            endpoint.kind = None  # what is there now is something else
+        if reply.status != 200:
+            raise refusal(reply.status, said)
+        self.heard(replica)
+        if replica.state in ("unproven", "out"):
+            self._is_up(replica)
+
+    def _is_up(self, replica: Replica) -> None:
+        _log.info("replica_up", replica=replica.name, speaks=replica.endpoint.kind)
+        replica.state, replica.hangs, replica.refuses_key = "up", False, False
+        replica.up_since = replica.up_since or self._loop.time()
+        self._tell_capacity()
+        self._hand_out()
 
     def _out(self, replica: Replica, reason: LossReason) -> None:
-        if replica.state == "up" or replica.attempts:
-            _log.warning("replica_out", replica=replica.name, reason=reason, in_flight=replica.in_flight)
-        if replica.state != "draining":
-            replica.state = "out"
-            self._tell_capacity()
-        if reason == "hung" and not self.up():
-            # It may be slow and not dead, and elsewhere is nobody: what it has it can only lose. The next canary, soon,
-            # asks again.
+        if replica.state == "draining":
             return
-        replica.take_attempts_away(reason)
+        if replica.state == "up" or (reason == "hung" and not replica.hangs):
+            _log.warning("replica_out", replica=replica.name, reason=reason, in_flight=replica.in_flight)
+        if replica.state != "out":
+            replica.state, replica.doubted_at = "out", self._loop.time()
+            replica.deaths += reason != "error"
+            self._tell_capacity()
+        if reason == "hung":
+            # It may be slow and not dead: where nobody else is up, what it has it can only lose (`_look_after`).
+            replica.hangs = True
+
+    def _tell_of_key(self, replica: Replica, refused: EngineRefused) -> None:
+        if refused.status in (401, 403) and not replica.refuses_key:
+            replica.refuses_key = True
+            _log.error(
+                "replica_refuses_key",
+                replica=replica.name,
+                url=replica.endpoint.url,
+                cure="gateways and engines need the same --access.secret (SYNTHIA_ACCESS__SECRET)",
+            )
 
     def _forget_if_idle(self, replica: Replica) -> None:
         if replica.draining_since is not None and not replica.in_flight:
-            if replica.canary is not None:
-                replica.canary.cancel()
+            for task in (replica.asking, replica.canary):
+                if task is not None:
+                    task.cancel()
             self._replicas.pop(replica.name, None)
 
     def _tell_capacity(self) -> None:
         """Unknown, and then unbounded, while no replica is up: who comes then waits here, not in the fair queue."""
-        held = [replica.tokens for replica in self.up()]
+        up = self.up()
+        held = [replica.cache_tokens for replica in up]
         known = [tokens for tokens in held if tokens is not None]
         if known:
             self.tokens_per_replica = known[-1]
-        capacity = Capacity(sum(known) if known and len(known) == len(held) else None)
+        most = self.settings.max_requests_per_replica
+        capacity = Capacity(
+            tokens=sum(known) if known and len(known) == len(held) else None,
+            requests=sum(min(most, replica.max_requests or most) for replica in up) or None,
+        )
         if capacity != self._told:
             self._told = capacity
             if self.on_capacity is not None:

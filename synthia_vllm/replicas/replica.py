@@ -1,6 +1,7 @@
 """One replica as the pool knows it."""
 
 import asyncio
+import math
 from collections.abc import Set
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ from synthia_vllm.engine.port import Affinity
 from synthia_vllm.metrics.replicas import ReplicaState, ReplicaView
 from synthia_vllm.replicas.attempt import Attempt, LossReason
 from synthia_vllm.replicas.detect import Endpoint
+from synthia_vllm.replicas.health import Health
 
 # A new replica gets so many requests at once, and twice as many after each of so many parts of the slow start.
 _FIRST_REQUESTS = 8
@@ -20,16 +22,54 @@ class Replica:
 
     name: str
     endpoint: Endpoint
+    health: Health
     state: ReplicaState = "unproven"
     in_flight: int = 0
-    tokens: int | None = None  # of KV cache, as the engine tells
-    last_heard: float = 0.0  # any byte of any reply
-    asked_at: float = 0.0  # the last canary's start
+    doubted_at: float = 0.0  # since when it has to prove that it works, if it is not up
+    hangs: bool = False  # that is why it is out
+    asked_at: float = -math.inf  # the last question's start
+    canary_at: float = -math.inf  # the last canary's start
     up_since: float | None = None
-    on_trial: bool = False  # a request under which another replica died has not had a token here yet
+    deaths: int = 0  # it refused connections, or hung, so often
+    on_trial: bool = False  # a request under which two replicas died has had no token here yet
     draining_since: float | None = None
-    canary: "asyncio.Task[None] | None" = None
+    refuses_key: bool = False
+    asking: "asyncio.Task[None] | None" = None  # for its counters
+    canary: "asyncio.Task[None] | None" = None  # one generated token
     attempts: set[Attempt] = field(default_factory=set)
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Of KV cache, as the engine tells."""
+        return self.health.counters.cache_tokens if self.health.counters is not None else None
+
+    @property
+    def max_requests(self) -> int | None:
+        """That the engine runs at once, as it tells."""
+        return self.health.counters.max_requests if self.health.counters is not None else None
+
+    @property
+    def canary_waits(self) -> bool:
+        return self.canary is not None and not self.canary.done()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has anything to do.
+
+        A reply that has begun is no sign of that: it may wait for its reader.
+        """
+        return self.canary_waits or self.health.requests > 0 or not all(attempt.begun for attempt in self.attempts)
+
+    def stands_still(self, now: float) -> bool:
+        """Whether it has work and has shown no progress for longer than that work explains."""
+        if not self.busy:
+            self.health.rested(now)
+            return False
+        still = now - self.health.moved_at
+        if still <= self.health.patience:
+            return False
+        ahead = sum(attempt.prompt_tokens for attempt in self.attempts)
+        return still > self.health.deadline(ahead, len(self.attempts) + self.canary_waits)
 
     def limit(self, now: float, slow_start: float) -> float:
         """Requests at once that it may be given: few at first, so that those who waited don't all fall on it."""

@@ -23,7 +23,8 @@ from synthia_vllm.replicas.transcript import Transcript
 from synthia_vllm.settings import ClusterSettings
 
 _PATIENCE_S = 2.0  # between two notes to a client that waits for a replica
-_SETTLE_S = 0.5
+_ACQUITTED_AFTER = 8  # tokens: what kills an engine does so where it did so before
+_MAX_ERRORS = 1  # a bug that one engine has the others have as well
 
 _log = structlog.get_logger(__name__)
 
@@ -52,6 +53,8 @@ class Replicas(Protocol):
 
     def lost(self, replica: Replica, reason: LossReason) -> None: ...
 
+    def retry_delay(self) -> float: ...
+
 
 class PooledSequence:
     """Asks replica after replica until a sequence is whole.
@@ -71,12 +74,16 @@ class PooledSequence:
         self._attempts = 0
         self._last_loss: LossReason | None = None
         self._resumed = False  # had a token when it lost a replica
+        # The replicas that were lost under this request, whatever it had of them; how often each had died before, and
+        # when it was lost. Who saw one die goes on at once; who saw two is tried where no other such is, so that the
+        # next death has one cause.
+        self._losses: list[tuple[Replica, int, float]] = []
         self._on_trial = False
-        # Replicas lost under this request before it had a token there. From the first on it is tried where no other
-        # suspect is, so that the next loss has one cause: who was there by chance is not refused.
-        self._suspicion = 0
+        self._ends_at: float | None = None  # loop time
         self._count_before = 0  # of this attempt
+        self._deaths_before = 0  # of its replica
         self._refused_by: set[Replica] = set()  # answered with a 5xx of their own
+        self._errors = 0  # of those, that were not just busy
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         pool, ids = self._pool, self._ids
@@ -97,7 +104,7 @@ class PooledSequence:
                     async for delta in deltas:
                         delta.replica = replica.name
                         ids += delta.ids
-                        if self._on_trial:
+                        if self._on_trial and len(ids) - self._count_before >= _ACQUITTED_AFTER:
                             self._on_trial = False
                             pool.acquit(replica)
                         yield delta
@@ -115,10 +122,9 @@ class PooledSequence:
         self._ended()
 
     async def _queue(self) -> Waiter:
-        self._on_trial = self._suspicion > 0
-        if self._on_trial and self._last_loss == "died":
-            # Replicas of one node die one after the other; a trial among them would find the wrong one guilty.
-            await asyncio.sleep(_SETTLE_S)
+        self._on_trial = self._deaths() > 1
+        if self._attempts:
+            await asyncio.sleep(self._pool.retry_delay())
         return self._pool.queue(self._generation.affinity, self._refused_by, on_trial=self._on_trial)
 
     def _begin(self, replica: Replica) -> tuple[Attempt, Reply]:
@@ -126,7 +132,10 @@ class PooledSequence:
         pool, generation, endpoint = self._pool, self._generation, replica.endpoint
         self._attempts += 1
         self._count_before = len(self._ids)
+        self._deaths_before = replica.deaths
         self._replica = replica.name
+        if self._ends_at is None:
+            self._ends_at = asyncio.get_running_loop().time() + pool.settings.max_generation_s
         trace = generation.on_attempt(replica.name)
         attempt = Attempt(
             pool.session,
@@ -135,6 +144,8 @@ class PooledSequence:
             heard=lambda: pool.heard(replica),
             # What would be said again from its beginning rather ends where it is.
             movable=endpoint.tells_ids and not self._stateful and generation.sampling.prompt_logprobs is None,
+            prompt_tokens=(len(generation.prompt) or len(generation.text or "")) + len(self._ids),
+            ends_at=self._ends_at,
         )
         if self._ids:
             generation = resume(generation, self._prompt_ids, self._ids, whole=self._transcript.whole)
@@ -148,15 +159,20 @@ class PooledSequence:
         An engine that died says 500, and so does a bug that every engine has.
         """
         others = self._pool.up() - self._refused_by - {replica}
-        may_ask = refused.busy or self._suspicion + 1 < self._pool.settings.max_losses
+        may_ask = refused.busy or self._errors < _MAX_ERRORS
         if refused.of_request or not (others and may_ask):
             raise UpstreamLost(f"the next replica answered {refused}") if self._ids else refused.as_error()
         self._refused_by.add(replica)
+        self._errors += not refused.busy
         return AttemptLost("error", str(refused), reached=not refused.busy)
 
     def _lose(self, replica: Replica, reply: Reply, loss: AttemptLost) -> None:
         """Returns if the sequence may go on elsewhere; raises if not."""
-        limits, progressed = self._pool.settings, len(self._ids) > self._count_before
+        limits = self._pool.settings
+        if loss.reason == "overlong":
+            raise UpstreamTimeout(
+                f"the reply took longer than any may: {limits.max_generation_s:g} s (--cluster.max-generation-s)"
+            )
         self._pool.lost(replica, loss.reason)
         self._last_loss = loss.reason
         self._resumed = self._resumed or bool(self._ids)
@@ -164,21 +180,27 @@ class PooledSequence:
         if loss.refused:
             self._attempts -= 1
         if loss.reached and loss.reason != "drained":
-            self._suspicion = 0 if progressed else self._suspicion + 1
+            self._losses.append((replica, self._deaths_before, asyncio.get_running_loop().time()))
         request = self._generation.id
         _log.warning(
             "replica_lost_under_request", replica=replica.name, request=request, reason=str(loss), tokens=len(self._ids)
         )
-        if self._suspicion >= limits.max_losses:
+        if (deaths := self._deaths()) >= limits.max_losses:
             _log.error("request_refused_after_losses", request=request)
             raise self._given_up(
-                f"{self._suspicion} replicas were lost when they began to work on this request; it is not tried again",
-                "refused",
+                f"{deaths} replicas were lost while they worked on this request; it is not tried again", "refused"
             )
         if self._attempts > limits.max_resumes:
             raise self._given_up(f"its replica was lost {self._attempts} times", "refused")
         if self._ids and not self._may_go_on():
             raise self._given_up("its replica was lost, and this kind of reply can't go on elsewhere", "broken")
+
+    def _deaths(self) -> int:
+        """Of the replicas that were lost, those that have died. The others have answered since: a connection broke."""
+        return sum(
+            replica.deaths > before or replica.health.answered_at <= lost_at
+            for replica, before, lost_at in self._losses
+        )
 
     def _may_go_on(self) -> bool:
         """Whether the ids so far say where it stands."""

@@ -15,8 +15,9 @@ from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import RequestError, SetupError, UpstreamLost, UpstreamTimeout
 from synthia_vllm.metrics.replicas import ReplicaView, engine_name
 from synthia_vllm.replicas.attempt import Attempt, AttemptLost
+from synthia_vllm.replicas.counters import ask_counters
 from synthia_vllm.replicas.detect import Endpoint, detect, least_context
-from synthia_vllm.replicas.http import EngineRefused, cache_size, open_session, own_headers, request_headers
+from synthia_vllm.replicas.http import EngineRefused, open_session, own_headers, request_headers
 from synthia_vllm.replicas.kinds import reply_of
 from synthia_vllm.replicas.models import ModelList
 from synthia_vllm.replicas.transcript import Transcript
@@ -131,12 +132,12 @@ class Upstreams:
         for target in self._targets:
             try:
                 async with asyncio.timeout(_CAPACITY_TIMEOUT_S):
-                    tokens = await cache_size(target.endpoint.url, self._session, self.headers)
+                    counters = await ask_counters(target.endpoint.url, self._session, self.headers)
             except (aiohttp.ClientError, TimeoutError):
                 return None
-            if tokens is None:
+            if counters is None or counters.cache_tokens is None:
                 return None
-            total += tokens
+            total += counters.cache_tokens
         return Capacity(total)
 
     def replicas(self) -> list[ReplicaView]:

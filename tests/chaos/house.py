@@ -112,7 +112,7 @@ async def house(
     told = {"limits": {"concurrent_requests": 100_000}, "log": {"requests": False}, "port": 0, "drain_timeout": 2.0}
     settings = Settings(**told | options, cluster=CLUSTER | (cluster or {}))
     sock = bind(settings)
-    pool = ReplicaPool(settings.cluster, tokenizer=null_tokenizer(), connect_timeout=connect_timeout, read_timeout=20.0)
+    pool = ReplicaPool(settings.cluster, tokenizer=null_tokenizer(), connect_timeout=connect_timeout)
     gateway = Gateway(pool, settings, capacity=Capacity())
     ready = asyncio.Event()
     async with pool, gateway:

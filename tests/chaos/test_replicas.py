@@ -155,9 +155,9 @@ async def test_deaths_in_quick_succession() -> None:
             await running.calm(REPLICAS + 2)
 
 
-# At once, two die. In the midst of its reply three do: the first was seen to work on it.
-@pytest.mark.parametrize(("at", "deaths"), [(0, 2), (9, 3)])
-async def test_poison_takes_few_with_it(at: int, deaths: int) -> None:
+# At once, or in the midst of its reply.
+@pytest.mark.parametrize("at", [0, 9])
+async def test_poison_takes_three_with_it(at: int) -> None:
     before = resumes()
     options = [*PACE, "--poison", "arsenic", "--poison-at", str(at)]
     with ReplicaSet(5, options=options, restart_s=0.5, notice_s=1.0) as replicas:
@@ -169,11 +169,11 @@ async def test_poison_takes_few_with_it(at: int, deaths: int) -> None:
             asked = replace(numbered(COMPLETIONS, "a pinch of arsenic", 12), text=None)
             poisoned = await run_stream(running.url, asked)
             assert poisoned.broken is not None
-            assert b"2 replicas were lost" in poisoned.offending
+            assert b"3 replicas were lost" in poisoned.offending
             assert len(poisoned.times) == max(0, at - 1)
             assert_whole(await streams)
             await running.calm(5)
-            assert len(was - set(replicas.listing())) == deaths
+            assert len(was - set(replicas.listing())) == 3
     assert resumes()["died", "refused"] - before.get(("died", "refused"), 0) == 1
 
 

@@ -37,9 +37,9 @@ async def read(engine: Engine, generation: Generation | None = None) -> list[Del
         return [delta async for delta in deltas]
 
 
-async def read_into(found: list[Delta], engine: Engine) -> None:
+async def read_into(found: list[Delta], engine: Engine, generation: Generation | None = None) -> None:
     """As `read`, for what ends with an error."""
-    async for delta in engine.generate(asking()):
+    async for delta in engine.generate(generation or asking()):
         found.append(delta)
 
 
@@ -58,7 +58,7 @@ async def pool_of(
     """All of them up."""
     options = {"canary_period_s": 0.3, "canary_deadline_s": 1.0, "slow_start_s": 0, "handover_s": 0.2} | options
     known = null_tokenizer() if tokenizer else None
-    async with ReplicaPool(ClusterSettings(**options), tokenizer=known, key=key, read_timeout=20) as pool:
+    async with ReplicaPool(ClusterSettings(**options), tokenizer=known, key=key) as pool:
         pool.update({f"r{number}": url for number, url in enumerate(urls)})
         await until(lambda: len(pool.up()) == len(urls))
         yield pool

@@ -1,16 +1,18 @@
 """The pool in front of null engines (no model), over real sockets."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.testing import capture_logs
 
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
-from synthia_vllm.engine.port import Capacity, Delta
-from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost
+from synthia_vllm.engine.port import Affinity, Capacity, Delta
+from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost, UpstreamTimeout
 from tests.replicas.engines import (
     Answers,
     Live,
@@ -310,3 +312,166 @@ async def test_each_attempt_is_told_of_and_has_an_id_of_its_own(live: Live) -> N
     assert len(asked) == 3
     sent = [headers for engine in engines for headers in engine.headers if b"traceparent" in headers]
     assert {headers[b"x-request-id"] for headers in sent} == {b"id-hi", b"id-hi-2"}
+
+
+def queued(**options: Any) -> NullEngine:
+    """An engine that runs two at once, and takes a while for prompts."""
+    given: dict[str, Any] = {"tokens_per_second": 40, "max_num_seqs": 2, "faults": Faults()}
+    return NullEngine(**given | options)
+
+
+async def test_a_crowd_takes_no_replica_out(live: Live) -> None:
+    engines = [queued(tokens_per_second=8), queued(tokens_per_second=8)]
+    async with pool_of(*map(live, engines), canary_deadline_s=0.5) as pool:
+        asked = asyncio.gather(*(read(pool, asking(f"{n}")) for n in range(12)))
+        while not asked.done():
+            assert await pool.ready()
+            assert {view.state for view in pool.replicas()} == {"up"}
+            await asyncio.sleep(0.05)
+        assert [text_of(reply) for reply in await asked] == [reply_to(f"{n}") for n in range(12)]
+    assert [engine.resumed for engine in engines] == [0, 0]
+
+
+@pytest.mark.parametrize("tells", ["still", "error"])
+async def test_counters_that_lie_take_nothing_away_that_flows(live: Live, tells: str) -> None:
+    engines = [queued(), queued()]
+    async with pool_of(*map(live, engines), canary_deadline_s=0.5) as pool:
+        for engine in engines:
+            engine.faults.change({"metrics": tells})
+        replies = await asyncio.gather(*(read(pool, asking(f"{n}", max_tokens=60)) for n in range(4)))
+        assert {view.state for view in pool.replicas()} == {"up"}
+    assert [text_of(reply) for reply in replies] == [reply_to(f"{n}", 60) for n in range(4)]
+    assert [engine.resumed for engine in engines] == [0, 0]
+
+
+async def test_an_engine_that_stands_still_is_out_though_its_server_answers(live: Live) -> None:
+    engines = [queued(), queued()]
+    async with pool_of(*map(live, engines), routing="round_robin") as pool:
+        asked = asyncio.gather(*(read(pool, asking(f"{n}")) for n in range(4)))
+        await until(lambda: all(engine.running for engine in engines))
+        engines[0].faults.change({"stuck": True})
+        assert [text_of(reply) for reply in await asked] == [reply_to(f"{n}") for n in range(4)]
+        assert [view.state for view in pool.replicas()] == ["out", "up"]
+        engines[0].faults.change({"stuck": False})
+        await until(lambda: len(pool.up()) == 2)
+
+
+async def test_the_only_replica_keeps_its_requests_though_it_stands_still(live: Live) -> None:
+    engine = queued()
+    async with pool_of(live(engine)) as pool:
+        asked = asyncio.gather(*(read(pool, asking(f"{n}")) for n in range(2)))
+        await until(lambda: engine.running == 2)
+        engine.faults.change({"stuck": True})
+        await until(lambda: not pool.up())
+        engine.faults.change({"stuck": False})
+        assert [text_of(reply) for reply in await asked] == [reply_to(f"{n}") for n in range(2)]
+    assert engine.resumed == 0
+
+
+async def test_a_canary_that_fails_takes_nothing_away(live: Live) -> None:
+    answers = queued()
+    refusing = False
+
+    async def engine(scope: Scope, receive: Receive, send: Send) -> None:
+        if refusing and scope["type"] == "http":
+            return await PlainTextResponse("aborted", 503 if scope["path"] == "/metrics" else 500)(scope, receive, send)
+        return await answers(scope, receive, send)
+
+    async with pool_of(live(engine), live(queued()), routing="round_robin") as pool:
+        asked = asyncio.gather(*(read(pool, asking(f"{n}", max_tokens=40)) for n in range(2)))
+        await until(lambda: sum(view.in_flight for view in pool.replicas()) == 2)
+        await asyncio.sleep(0.2)
+        refusing = True
+        assert [text_of(reply) for reply in await asked] == [reply_to(f"{n}", 40) for n in range(2)]
+    assert answers.resumed == 0
+
+
+async def test_a_replica_that_drains_may_refuse_connections(live: Live) -> None:
+    engines = [NullEngine(tokens_per_second=20), NullEngine(tokens_per_second=20)]
+    refusing = False
+
+    async def closed(scope: Scope, receive: Receive, send: Send) -> None:
+        if refusing and scope["type"] == "http":
+            raise ConnectionResetError("its port is closed")
+        return await engines[0](scope, receive, send)
+
+    async with pool_of(live(closed), live(engines[1]), routing="round_robin", handover_s=60) as pool:
+        asked = asyncio.gather(*(read(pool, asking(f"{n}", max_tokens=40)) for n in range(4)))
+        await until(lambda: engines[0].running == 2)
+        refusing = True
+        pool.update({"r1": pool.replicas()[1].url})
+        assert [text_of(reply) for reply in await asked] == [reply_to(f"{n}", 40) for n in range(4)]
+    assert engines[1].resumed == 0
+
+
+async def test_all_that_one_death_hits_go_on_at_once(live: Live) -> None:
+    survivor, idle = NullEngine(tokens_per_second=20), NullEngine()
+    dies = asyncio.Event()
+    prefilling = 0
+
+    async def dying(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal prefilling
+        if scope["type"] == "http" and b"x-request-id" in dict(scope["headers"]):
+            prefilling += 1
+            await asyncio.to_thread(asyncio.run_coroutine_threadsafe(dies.wait(), loop).result)
+        if dies.is_set():
+            raise ConnectionResetError("killed")
+        await idle(scope, receive, send)
+
+    loop = asyncio.get_running_loop()
+    async with pool_of(live(dying), live(survivor), routing="round_robin") as pool:
+        asked = asyncio.gather(*(read(pool, asking(f"{n}", max_tokens=60)) for n in range(40)))
+        await until(lambda: (prefilling, survivor.running) == (20, 20))
+        dies.set()
+        await until(lambda: survivor.running == 40)  # nobody waits for another's first token
+        assert [text_of(reply) for reply in await asked] == [reply_to(f"{n}", 60) for n in range(40)]
+
+
+async def test_a_reply_takes_no_longer_than_any_may(live: Live) -> None:
+    engine = NullEngine(tokens_per_second=10)
+    got: list[Delta] = []
+    async with pool_of(live(engine), max_generation_s=0.5) as pool:
+        with pytest.raises(UpstreamTimeout, match="max-generation-s"):
+            await read_into(got, pool, asking(max_tokens=1000))
+        assert text_of(got)
+        await until(lambda: engine.running == 0)
+
+
+async def test_a_key_that_is_refused_is_an_error_by_name(live: Live) -> None:
+    with capture_logs() as logs:
+        async with pool_of() as pool:
+            pool.update({"r": live(PlainTextResponse("who are you?", 401))})
+            await until(lambda: any(log["event"] == "replica_refuses_key" for log in logs))
+            await asyncio.sleep(1.2)
+    told = [log for log in logs if log["event"] == "replica_refuses_key"]
+    assert [(log["replica"], log["log_level"]) for log in told] == [("r", "error")]
+
+
+async def test_ready_at_zero_replicas_where_one_would_be_started(live: Live) -> None:
+    async with pool_of(min_replicas=0, max_replicas=2) as pool:
+        assert await pool.ready()
+        engine = NullEngine()
+        pool.update({"r": live(engine)})
+        assert await pool.ready()
+        await until(lambda: bool(pool.up()))
+        engine.faults.dead = True
+        await until(lambda: not pool.up())
+        pool.update({})
+        assert await pool.ready()
+    async with pool_of() as pool:
+        assert not await pool.ready()
+
+
+async def test_a_replica_is_given_as_much_as_it_runs_while_others_have_room(live: Live) -> None:
+    engines = [queued(max_num_seqs=2), queued(max_num_seqs=8)]
+    told: list[Capacity] = []
+    async with pool_of(*map(live, engines), max_load_factor=100) as pool:
+        pool.on_capacity = told.append
+        pool.update({f"r{n}": view.url for n, view in enumerate(pool.replicas())})
+        home = Affinity(b"one", continued=True)
+        asked = [asyncio.create_task(read(pool, replace(asking(f"{n}"), affinity=home))) for n in range(10)]
+        await until(lambda: sum(view.in_flight for view in pool.replicas()) == 10)
+        assert [view.in_flight for view in pool.replicas()] == [2, 8]
+        await asyncio.gather(*asked)
+        pool.update({"r1": pool.replicas()[1].url})
+    assert told[-1].requests == 8

@@ -4,12 +4,16 @@ from collections import Counter
 
 from synthia_vllm.engine.port import Affinity
 from synthia_vllm.replicas.detect import Endpoint
+from synthia_vllm.replicas.health import Health
 from synthia_vllm.replicas.replica import Replica
 from synthia_vllm.replicas.routing import Router
 
 
 def replicas(*busy: int) -> list[Replica]:
-    return [Replica(f"r{n}", Endpoint(f"http://r{n}"), state="up", in_flight=one) for n, one in enumerate(busy)]
+    return [
+        Replica(f"r{n}", Endpoint(f"http://r{n}"), Health(10.0, 0.0), state="up", in_flight=one)
+        for n, one in enumerate(busy)
+    ]
 
 
 def new(key: str, following: str | None = None) -> Affinity:
