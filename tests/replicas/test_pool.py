@@ -179,6 +179,18 @@ async def test_who_comes_while_there_is_no_replica_waits_and_is_told(live: Live)
     assert (len(reply[0].ids), text_of(reply)) == (0, reply_to())
 
 
+async def test_who_waited_is_told_what_a_replica_refuses(live: Live) -> None:
+    refused = JSONResponse({"error": {"message": "too long", "param": "prompt", "code": 400}}, 400)
+    got: list[Delta] = []
+    async with pool_of() as pool:
+        asked = asyncio.create_task(read_into(got, pool))
+        await until(lambda: bool(got))
+        pool.update({"late": live(Answers(refused))})
+        with pytest.raises(RequestError, match="too long"):
+            await asked
+    assert "waiting for a replica" in (got[0].note or "")
+
+
 async def test_waiting_has_an_end() -> None:
     async with pool_of(start_wait_s=0.1) as pool:
         with pytest.raises(Overloaded, match="no replica is up"):
