@@ -281,6 +281,7 @@ class ReplicaPool:
             if replica.state == "up":
                 self._doubt(replica)
         except TimeoutError:
+            await asyncio.sleep(2 * _TICK_S)  # if it was this process that stood still, that is forgiven by now
             if replica.health.answered_at <= began:
                 self._out(replica, "hung")
         except EngineRefused as refused:

@@ -1,6 +1,7 @@
 """The pool in front of null engines (no model), over real sockets."""
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -366,6 +367,25 @@ async def test_an_engine_that_stands_still_is_out_though_its_server_answers(live
         assert [view.state for view in pool.replicas()] == ["out", "up"]
         engines[0].faults.change({"stuck": False})
         await until(lambda: len(pool.up()) == 2)
+
+
+async def test_a_gateway_that_stood_still_takes_nobody_out(live: Live) -> None:
+    asking_late = asyncio.Event()
+
+    async def slow_to_tell(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") == "/metrics" and asking_late.is_set():
+            await asyncio.sleep(0.5)
+        await engine(scope, receive, send)
+
+    engine = queued()
+    with capture_logs() as logs:
+        async with pool_of(live(slow_to_tell), live(queued()), canary_period_s=0.1, canary_deadline_s=0.8) as pool:
+            asking_late.set()
+            await asyncio.sleep(0.3)
+            time.sleep(2)  # noqa: ASYNC251
+            await asyncio.sleep(1)
+            assert len(pool.up()) == 2
+    assert not [log for log in logs if log["event"] == "replica_out"]
 
 
 async def test_the_only_replica_keeps_its_requests_though_it_stands_still(live: Live) -> None:
