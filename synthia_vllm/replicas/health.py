@@ -21,18 +21,20 @@ class Health:
         self.patience = patience
         self.counters: Counters | None = None  # as told last; None where it tells none
         self.answered_at = now  # whatever it was: its process lives
-        self.moved_at = now  # a sign of work done, or there was none to do
+        self.told_at = now  # a question: it takes connections
+        self.worked_at = now
+        self.moved_at = now  # it worked, or there was nothing to do
 
     def heard(self, now: float) -> None:
         """A byte of a reply came."""
-        self.answered_at = self.moved_at = now
+        self.answered_at = self.worked_at = self.moved_at = now
 
     def told(self, counters: Counters | None, now: float) -> None:
         """It told its counters."""
         before, self.counters = self.counters, counters
-        self.answered_at = now
+        self.answered_at = self.told_at = now
         if counters is not None and before is not None and counters.progress != before.progress:
-            self.moved_at = now
+            self.worked_at = self.moved_at = now
 
     def rested(self, now: float) -> None:
         """It had nothing to do."""
@@ -42,6 +44,10 @@ class Health:
         """Takes time off that this process itself did not run."""
         self.answered_at += seconds
         self.moved_at += seconds
+
+    def works_since(self, at: float) -> bool:
+        """Whether it has worked since, and takes connections."""
+        return self.worked_at > at and self.told_at > at
 
     @property
     def tells(self) -> bool:

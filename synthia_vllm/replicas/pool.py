@@ -254,12 +254,11 @@ class ReplicaPool:
         up = replica.state == "up"
         if now - replica.asked_at >= (self.settings.canary_period_s if up else _FAILED_AGAIN_S):
             self._ask(replica)
-        if up:
-            if replica.stands_still(now):
-                self._out(replica, "hung")
-        elif replica.up_since is not None and replica.health.moved_at > replica.doubted_at and replica.busy:
+        if replica.stands_still(now):
+            self._out(replica, "hung")
+        elif not up and replica.up_since is not None and replica.health.works_since(replica.doubted_at):
             self._is_up(replica)
-        elif replica.hangs and self.up():
+        if replica.hangs and self.up():
             replica.take_attempts_away("hung")
 
     def _ask(self, replica: Replica) -> None:
@@ -301,10 +300,9 @@ class ReplicaPool:
         if replica.state == "up" and held != (replica.cache_tokens, replica.max_requests):
             self._tell_capacity()
         now = self._loop.time()
-        silent = (
-            now - max(replica.canary_at, health.moved_at if not health.tells else 0) >= self.settings.canary_period_s
-        )
-        if replica.canary_waits or (replica.state == "up" and not silent):
+        # Whoever tells what it does is asked when it does nothing, the others whenever nothing came from them.
+        due = max(replica.canary_at, -math.inf if health.tells else health.worked_at) + self.settings.canary_period_s
+        if replica.canary_waits or (replica.state == "up" and now < due):
             return
         if health.requests == 0 and (not health.tells or all(attempt.begun for attempt in replica.attempts)):
             replica.canary_at = now

@@ -507,3 +507,35 @@ async def test_a_replica_is_given_as_much_as_it_runs_while_others_have_room(live
         await asyncio.gather(*asked)
         pool.update({"r1": pool.replicas()[1].url})
     assert told[-1].requests == 8
+
+
+async def test_a_replica_that_hangs_after_a_broken_connection_is_out(live: Live) -> None:
+    engines = [queued(max_num_seqs=8), queued(max_num_seqs=8)]
+    async with pool_of(*map(live, engines), routing="round_robin") as pool:
+        asked = asyncio.gather(*(read(pool, asking(f"{n}")) for n in range(8)))
+        await until(lambda: all(engine.running == 4 for engine in engines))
+        engines[0].faults.change({"stuck": True})
+        next(iter(pool.up())).attempts.copy().pop().take_away("died")
+        assert [text_of(reply) for reply in await asked] == [reply_to(f"{n}") for n in range(8)]
+
+
+async def test_a_port_that_is_closed_gets_nothing_new_while_its_streams_flow(live: Live) -> None:
+    engine, refusing = queued(tokens_per_second=20), False
+
+    async def closed(scope: Scope, receive: Receive, send: Send) -> None:
+        if refusing and scope["type"] == "http":
+            raise ConnectionResetError("its port is closed")
+        await engine(scope, receive, send)
+
+    async with pool_of(live(closed)) as pool:
+        asked = asyncio.create_task(read(pool, asking(max_tokens=60)))
+        await until(lambda: engine.running == 1)
+        refusing = True
+        await until(lambda: not pool.up())
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            assert not pool.up()
+        refusing = False
+        assert text_of(await asked) == reply_to(tokens=60)
+        await until(lambda: bool(pool.up()))
+    assert engine.resumed == 0
