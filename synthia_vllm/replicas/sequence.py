@@ -24,6 +24,7 @@ from synthia_vllm.settings import ClusterSettings
 
 _PATIENCE_S = 2.0  # between two notes to a client that waits for a replica
 _ACQUITTED_AFTER = 8  # tokens: what kills an engine does so where it did so before
+_SETTLE_S = 0.5
 _MAX_ERRORS = 1  # a bug that one engine has the others have as well
 
 _log = structlog.get_logger(__name__)
@@ -124,7 +125,8 @@ class PooledSequence:
     async def _queue(self) -> Waiter:
         self._on_trial = self._deaths() > 1
         if self._attempts:
-            await asyncio.sleep(self._pool.retry_delay())
+            # Replicas of one node die one after the other; a trial among them would find the wrong one guilty.
+            await asyncio.sleep(max(self._pool.retry_delay(), _SETTLE_S if self._on_trial else 0))
         return self._pool.queue(self._generation.affinity, self._refused_by, on_trial=self._on_trial)
 
     def _begin(self, replica: Replica) -> tuple[Attempt, Reply]:
