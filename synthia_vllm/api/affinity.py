@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from synthia_vllm.api.base import Asker
 from synthia_vllm.engine.port import Affinity, affinity_key
 
-# Of a bare prompt: enough to tell one from another.
-_PREFIX = 1024
+_PREFIX = 1024  # of a prompt that is no conversation: enough to tell one from another
+_ASKED = "\nASSISTANT:"  # ends a user's message in a prompt that its client has put into Synthia's format
 
 
 def conversation_affinity(asker: Asker, messages: Sequence[Mapping[str, str]]) -> Affinity:
@@ -27,9 +27,15 @@ def conversation_affinity(asker: Asker, messages: Sequence[Mapping[str, str]]) -
 
 
 def prompt_affinity(asker: Asker, prompt: str | Sequence[int]) -> Affinity:
-    """X-Session-Id, else how a prompt without a conversation begins."""
+    """X-Session-Id, else as of a conversation where a text is one in Synthia's format, else how the prompt begins."""
     if asker.session:
         return _session(asker)
+    asked = prompt.rfind(_ASKED) if isinstance(prompt, str) else -1
+    if isinstance(prompt, str) and asked >= 0:
+        newest, before = affinity_key(asker.user, prompt[:asked]), prompt.rfind(_ASKED, 0, asked)
+        if before < 0:
+            return Affinity(newest, continued=False, next=newest)
+        return Affinity(affinity_key(asker.user, prompt[:before]), continued=True, next=newest)
     return Affinity(affinity_key(asker.user, str(prompt[:_PREFIX])), continued=False)
 
 

@@ -1,21 +1,21 @@
 """POST /v1/chat/completions: OpenAI's chat completions, with vLLM's additions to them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
-from synthia_vllm.api.base import Asker, Counts, Model, Prepared, decode, event
+from synthia_vllm.api.base import Asker, Counts, Model, Prepared, decode
 from synthia_vllm.api.conversation import Messages, Prompt, check_continued, conversation, refuse_tools, rendered
 from synthia_vllm.api.errors import ErrorForm, openai_form
-from synthia_vllm.api.openai_json import GAP, array, chat_logprobs, in_pieces, prompt_logprobs, usage, whole
+from synthia_vllm.api.openai_json import GAP, array, chat_logprobs, in_pieces, prompt_logprobs, whole
+from synthia_vllm.api.openai_reply import Choice, OpenAIReply
 from synthia_vllm.api.prepare import prepare_replies
 from synthia_vllm.api.sampling import Count, Logprobs, SamplingFields
 from synthia_vllm.api.text import Piece, SequenceText
 from synthia_vllm.engine.port import Delta
-from synthia_vllm.errors import RequestError, SynthiaError
+from synthia_vllm.errors import RequestError
 
-DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -59,16 +59,17 @@ class ChatCompletions:
         prompt = rendered(messages, model, continue_final_message=continued)
         echoed = messages[-1]["content"] if request.echo and continued else ""
         kind = StreamedChat if request.stream else WholeChat
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return prepare_replies(
             request,
             messages,
             prompt,
             model,
             asker,
-            lambda texts, _: kind(request, model, asker, prompt, texts, echoed),
+            lambda texts, _: kind(request, model, asker, prompt, texts, echoed, logprobs),
             length=request.length,
             stops=(request.stop, "stop"),
-            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            logprobs=logprobs,
             continued=continued,
         )
 
@@ -87,8 +88,10 @@ def _check(request: ChatRequest) -> None:
             raise RequestError(f"{field} needs logprobs to be true", param=field)
 
 
-class _Chat:
+class _Chat(OpenAIReply):
     """What both kinds of reply know of their request."""
+
+    kind: ClassVar[str]
 
     def __init__(
         self,
@@ -98,43 +101,27 @@ class _Chat:
         prompt: Prompt,
         texts: Sequence[SequenceText],
         echoed: str,
+        logprobs: int | None,
     ) -> None:
-        self.id = f"chatcmpl-{asker.id}"
-        self.created = asker.created
-        self.model = model.names[0]  # as vLLM names it, whichever of its names was asked for
-        self.texts = texts
+        super().__init__(request, model, asker, texts, name="chatcmpl", kind=self.kind, logprobs=logprobs)
         self.echoed = echoed
-        self.wants_logprobs = bool(request.logprobs)
-        self.top = None if request.logprob_token_ids else request.top_logprobs or 0
-        self.as_ids = bool(request.return_tokens_as_token_ids)
-        self.wants_ids = bool(request.return_token_ids)
         self.prompt_ids = list(prompt.ids) if self.wants_ids and prompt.ids else None
-        self.wants_usage = request.wants_usage
-        self.wants_continuous_usage = request.wants_continuous_usage
 
     def logprobs(self, piece: Piece) -> bytes:
         if not self.wants_logprobs or not piece.logprobs:
             return b""
         return chat_logprobs(piece.logprobs, top=self.top, as_ids=self.as_ids)
 
-    def error(self, error: SynthiaError) -> bytes:
-        return event(_encode(openai_form(error))) + DONE
-
 
 class StreamedChat(_Chat):
     """`chat.completion.chunk` events. What is the same in every chunk is encoded once."""
 
+    kind = "chat.completion.chunk"
+
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        about = {
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model,
-            "choices": [],
-        }
-        self._about = b"data: " + _encode(about)[: -len(b"]}")]
-        self._begun = [b'%b{"index":%d,"delta":{"content":' % (self._about, index) for index in range(len(self.texts))]
+        self._head = self.chunk_head()
+        self._begun = [b'%b{"index":%d,"delta":{"content":' % (self._head, index) for index in range(len(self.texts))]
         self._usual = not (self.wants_logprobs or self.wants_ids or self.wants_continuous_usage)
         self._generated = [0] * len(self.texts)
 
@@ -151,17 +138,14 @@ class StreamedChat(_Chat):
         return self._chunk(index, piece, counts)
 
     def end(self, counts: Counts) -> bytes:
-        if not self.wants_usage:
-            return DONE
-        told = _encode(usage(counts.prompt, counts.generated, counts.cached))
-        return b'%b],"usage":%b}\n\n' % (self._about, told) + DONE
+        return self.stream_end(self._head, counts)
 
     def _first(self, index: int, counts: Counts) -> bytes:
         """The chunk that tells the role, and the one that echoes the message that is continued."""
         ids = _encode(self.prompt_ids)
         first = (
             b'%b{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],'
-            b'"prompt_token_ids":%b%b}\n\n' % (self._about, index, ids, self._usage(index, counts))
+            b'"prompt_token_ids":%b%b}\n\n' % (self._head, index, ids, self.usage_so_far(counts.prompt, 0))
         )
         if self.echoed:
             first += self._begun[index] + _encode(self.echoed) + _USUAL_END
@@ -179,77 +163,48 @@ class StreamedChat(_Chat):
             _encode(piece.finish),
             b',"stop_reason":%b' % _encode(piece.stop_reason) if piece.finish else b"",
             _encode(piece.ids) if self.wants_ids else b"null",
-            self._usage(index, counts),
+            self.usage_so_far(counts.prompt, self._generated[index]),
         )
-
-    def _usage(self, index: int, counts: Counts) -> bytes:
-        if not self.wants_continuous_usage:
-            return b""
-        return b',"usage":' + _encode(usage(counts.prompt, self._generated[index]))
 
 
 _USUAL_END = b'},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 
 
-class _Choice:
-    """One reply of several, as it grows."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.ids: list[int] = []
-        self.logprobs: list[bytes] = []
-        self.finish = "stop"
-        self.stop_reason: int | str | None = None
-
-
 class WholeChat(_Chat):
     """One `chat.completion`. Log-probabilities are encoded as they come, so that the end is short."""
 
+    kind = "chat.completion"
+
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._choices = [_Choice() for _ in self.texts]
+        self._choices = [Choice(self.echoed) for _ in self.texts]
+        self._logprobs: list[list[bytes]] = [[] for _ in self.texts]
         self._prompt_logprobs: list[bytes] | None = None
 
-    def start(self, counts: Counts) -> bytes:
-        return b""
-
     def feed(self, delta: Delta, counts: Counts) -> bytes:
-        choice = self._choices[delta.sequence]
         piece = self.texts[delta.sequence].feed(delta)
-        choice.texts.append(piece.text)
-        if self.wants_ids:
-            choice.ids.extend(piece.ids)
+        self._choices[delta.sequence].add(piece)
         if logprobs := self.logprobs(piece):
-            choice.logprobs.append(logprobs)
+            self._logprobs[delta.sequence].append(logprobs)
         if delta.prompt_logprobs is not None and delta.sequence == 0:
             self._prompt_logprobs = prompt_logprobs(delta.prompt_logprobs)
-        if piece.finish is not None:
-            choice.finish, choice.stop_reason = piece.finish, piece.stop_reason
         return b""
 
     def end(self, counts: Counts) -> bytes | list[bytes]:
-        told: dict[str, Any] = {
-            "id": self.id,
-            "object": "chat.completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": GAP,
-            "service_tier": None,
-            "system_fingerprint": None,
-            "usage": usage(counts.prompt, counts.generated, counts.cached),
+        told = {
+            **self.whole_fields(counts),
             "prompt_logprobs": None if self._prompt_logprobs is None else GAP,
             "prompt_token_ids": self.prompt_ids,
-            "kv_transfer_params": None,
         }
         choices = [self._choice(index, choice) for index, choice in enumerate(self._choices)]
         return whole(told, choices, *([] if self._prompt_logprobs is None else [self._prompt_logprobs]))
 
-    def _choice(self, index: int, choice: _Choice) -> list[bytes]:
+    def _choice(self, index: int, choice: Choice) -> list[bytes]:
         told = {
-            "index": index,
+            **choice.fields(index, with_ids=self.wants_ids),
             "message": {
                 "role": "assistant",
-                "content": self.echoed + "".join(choice.texts),
+                "content": "".join(choice.texts),
                 "refusal": None,
                 "annotations": None,
                 "audio": None,
@@ -257,8 +212,5 @@ class WholeChat(_Chat):
                 "reasoning": None,
             },
             "logprobs": {"content": GAP} if self.wants_logprobs else None,
-            "finish_reason": choice.finish,
-            "stop_reason": choice.stop_reason,
-            "token_ids": choice.ids if self.wants_ids else None,
         }
-        return in_pieces(told, *([array(choice.logprobs)] if self.wants_logprobs else []))
+        return in_pieces(told, *([array(self._logprobs[index])] if self.wants_logprobs else []))

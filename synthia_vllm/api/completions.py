@@ -7,10 +7,12 @@ import msgspec
 from msgspec import Meta
 
 from synthia_vllm.api.affinity import prompt_affinity
-from synthia_vllm.api.base import MAX_SEQUENCES, Asker, Counts, Model, Prepared, decode, event
+from synthia_vllm.api.base import MAX_SEQUENCES, Asker, Counts, Model, Prepared, decode
 from synthia_vllm.api.conversation import Prompt, check_size, estimate_tokens
 from synthia_vllm.api.errors import ErrorForm, openai_form
-from synthia_vllm.api.openai_json import GAP, array, finite, in_pieces, prompt_logprobs, token_name, usage, whole
+from synthia_vllm.api.openai_json import GAP, array, finite, in_pieces, prompt_logprobs, token_name, whole
+from synthia_vllm.api.openai_reply import Choice, OpenAIReply
+from synthia_vllm.api.prepare import put_together
 from synthia_vllm.api.sampling import (
     Logprobs,
     SamplingFields,
@@ -22,13 +24,12 @@ from synthia_vllm.api.sampling import (
     sequences_of,
 )
 from synthia_vllm.api.text import Piece, SequenceText
-from synthia_vllm.engine.port import Delta, Generation, Position, Sampling, TokenLogprob
+from synthia_vllm.engine.port import Delta, Position, Sampling, TokenLogprob
 from synthia_vllm.engine.tokenizer import Tokenizer
-from synthia_vllm.errors import RequestError, SynthiaError
+from synthia_vllm.errors import RequestError
 
 DEFAULT_LENGTH = 16  # OpenAI's, and vLLM's
 MAX_PROMPT_ITEMS = 2**18  # prompts or token ids; what the context holds is checked later
-_DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 Ids = Annotated[list[TokenId], Meta(max_length=MAX_PROMPT_ITEMS)]
@@ -64,9 +65,8 @@ class Completions:
         _check(request)
         prompts = _prompts(request, model)
         own = client_stops(request.stop, "stop")
-        sequences: list[Generation] = []
         shared: dict[int, list[Sampling]] = {}  # by length: nothing else differs between prompts, and there are many
-        total = 0
+        asked = []
         for prompt in prompts:
             length = reply_length(
                 1 if request.only_echo else request.max_tokens,
@@ -76,7 +76,6 @@ class Completions:
                 param="max_tokens",
                 prompt_param="prompt",
             )
-            total += length * request.replies
             if length not in shared:
                 sampling = sampling_of(
                     request, max_tokens=length, stops=own, logprobs=request.logprobs, model=model, card_defaults=False
@@ -85,31 +84,12 @@ class Completions:
                     sampling = msgspec.structs.replace(sampling, prompt_logprobs=request.logprobs)
                 shared[length] = sequences_of(sampling, request.replies)
             affinity = prompt_affinity(asker, prompt.text if prompt.text is not None else prompt.ids)
-            for each in shared[length]:
-                sequences.append(
-                    Generation(
-                        id=f"{asker.id}-{len(sequences)}" if len(prompts) * request.replies > 1 else asker.id,
-                        prompt=prompt.ids,
-                        # Who is sent text adds BOS to it.
-                        text=None if request.add_special_tokens is False and prompt.ids else prompt.text,
-                        sampling=each,
-                        model=request.model or "",
-                        salt=request.cache_salt,
-                        affinity=affinity,
-                        on_attempt=asker.on_attempt,
-                    )
-                )
+            as_ids = request.add_special_tokens is False and bool(prompt.ids)  # who is sent text adds BOS to it
+            asked.append((prompt._replace(text=None) if as_ids else prompt, shared[length], affinity))
         include = bool(request.include_stop_str_in_output)
-        texts = [SequenceText.plain(own, include_stop=include) for _ in sequences]
-        return Prepared(
-            sequences=sequences,
-            reply=(StreamedCompletion if request.stream else WholeCompletion)(request, model, asker, prompts, texts),
-            streamed=bool(request.stream),
-            prompt_tokens=sum(prompt.tokens for prompt in prompts),
-            max_generated=total,
-            exact=all(prompt.exact for prompt in prompts),
-            replies=request.replies,
-        )
+        texts = [SequenceText.plain(own, include_stop=include) for _ in range(len(prompts) * request.replies)]
+        kind = StreamedCompletion if request.stream else WholeCompletion
+        return put_together(request, asker, asked, kind(request, model, asker, prompts, texts))
 
 
 def _check(request: CompletionRequest) -> None:
@@ -159,7 +139,7 @@ def _of_ids(ids: list[int], model: Model) -> Prompt:
     return Prompt(ids, None, len(ids), exact=True)
 
 
-class _Completion:
+class _Completion(OpenAIReply):
     """What both kinds of reply know of their request."""
 
     def __init__(
@@ -170,21 +150,12 @@ class _Completion:
         prompts: Sequence[Prompt],
         texts: Sequence[SequenceText],
     ) -> None:
-        self.id = f"cmpl-{asker.id}"
-        self.created = asker.created
-        self.model = model.names[0]
-        self.texts = texts
+        super().__init__(request, model, asker, texts, name="cmpl", kind="text_completion", logprobs=request.logprobs)
         self.tokenizer = model.tokenizer
         self.prompts = [prompt for prompt in prompts for _ in range(request.replies)]
         self.one_prompt = len(prompts) == 1
         self.echoes = bool(request.echo)
         self.only_echo = request.only_echo
-        self.wants_logprobs = request.logprobs is not None
-        self.top = None if request.logprob_token_ids else request.logprobs
-        self.as_ids = bool(request.return_tokens_as_token_ids)
-        self.wants_ids = bool(request.return_token_ids)
-        self.wants_usage = request.wants_usage
-        self.wants_continuous_usage = request.wants_continuous_usage
         # vLLM leaves the text of an echoed prompt out where its ids are told.
         self.echoed = [self._echoed(prompt) if self.echoes and not self.wants_ids else "" for prompt in prompts]
         self.echoed = [text for text in self.echoed for _ in range(request.replies)]
@@ -205,31 +176,18 @@ class _Completion:
         if not self.only_echo:
             yield from piece.logprobs
 
-    def error(self, error: SynthiaError) -> bytes:
-        return event(_encode(openai_form(error))) + _DONE
-
 
 class StreamedCompletion(_Completion):
     """`text_completion` events. What is the same in every one is encoded once."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        about = {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": [],
-        }
-        self._about = b"data: " + _encode(about)[: -len(b"]}")]
-        self._begun = [b'%b{"index":%d,"text":' % (self._about, index) for index in range(len(self.texts))]
+        self._head = self.chunk_head()
+        self._begun = [b'%b{"index":%d,"text":' % (self._head, index) for index in range(len(self.texts))]
         self._usual = not (self.wants_logprobs or self.wants_ids or self.wants_continuous_usage or self.echoes)
         self._first = [True] * len(self.texts)
         self._sent = [0] * len(self.texts)  # characters
         self._generated = [0] * len(self.texts)
-
-    def start(self, counts: Counts) -> bytes:
-        return b""
 
     def feed(self, delta: Delta, counts: Counts) -> bytes:
         index = delta.sequence
@@ -239,10 +197,7 @@ class StreamedCompletion(_Completion):
         return self._chunk(index, delta, piece, counts)
 
     def end(self, counts: Counts) -> bytes:
-        if not self.wants_usage:
-            return _DONE
-        told = _encode(usage(counts.prompt, counts.generated, counts.cached))
-        return b'%b],"usage":%b}\n\n' % (self._about, told) + _DONE
+        return self.stream_end(self._head, counts)
 
     def _chunk(self, index: int, delta: Delta, piece: Piece, counts: Counts) -> bytes:
         self._generated[index] += len(piece.ids)
@@ -258,6 +213,7 @@ class StreamedCompletion(_Completion):
         if not (text or (logprobs and logprobs.tokens) or piece.finish or (self.wants_ids and piece.ids)):
             return b""
         ids = self.prompts[index].ids if first and (self.echoes or self.wants_ids) else None
+        prompt = counts.prompt if self.one_prompt else self.prompts[index].tokens
         return (
             b'%b%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b,"prompt_token_ids":%b,"token_ids":%b}]%b}\n\n'
             % (
@@ -268,31 +224,20 @@ class StreamedCompletion(_Completion):
                 _encode(piece.stop_reason),
                 _encode(ids or None),
                 _encode(piece.ids) if self.wants_ids else b"null",
-                self._usage(index, counts),
+                self.usage_so_far(prompt, self._generated[index]),
             )
         )
-
-    def _usage(self, index: int, counts: Counts) -> bytes:
-        if not self.wants_continuous_usage:
-            return b""
-        prompt = counts.prompt if self.one_prompt else self.prompts[index].tokens
-        return b',"usage":' + _encode(usage(prompt, self._generated[index]))
 
 
 _USUAL_END = b',"logprobs":null,"finish_reason":null,"stop_reason":null,"prompt_token_ids":null,"token_ids":null}]}\n\n'
 
 
-class _Choice:
-    """One reply of several, as it grows."""
-
+class _Choice(Choice):
     def __init__(self, echoed: str, logprobs: "CompletionLogprobs | None") -> None:
-        self.texts = [echoed]
-        self.ids: list[int] = []
+        super().__init__(echoed)
         self.logprobs = logprobs
         self.prompt_logprobs: list[bytes] | None = None
         self.first = True
-        self.finish = "stop"
-        self.stop_reason: int | str | None = None
 
 
 class WholeCompletion(_Completion):
@@ -308,48 +253,29 @@ class WholeCompletion(_Completion):
             for echoed in self.echoed
         ]
 
-    def start(self, counts: Counts) -> bytes:
-        return b""
-
     def feed(self, delta: Delta, counts: Counts) -> bytes:
         choice = self._choices[delta.sequence]
         piece = self.texts[delta.sequence].feed(delta)
         first, choice.first = choice.first, False
-        if not self.only_echo:
-            choice.texts.append(piece.text)
-        if self.wants_ids:
-            choice.ids.extend(piece.ids)
+        if self.only_echo:
+            piece.text = ""
+        choice.add(piece)
         if choice.logprobs is not None:
             choice.logprobs.add(self.positions(delta.sequence, delta, piece, first=first))
         if delta.prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(delta.prompt_logprobs)
-        if piece.finish is not None:
-            choice.finish, choice.stop_reason = piece.finish, piece.stop_reason
         return b""
 
     def end(self, counts: Counts) -> bytes | list[bytes]:
-        told: dict[str, Any] = {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": GAP,
-            "service_tier": None,
-            "system_fingerprint": None,
-            "usage": usage(counts.prompt, counts.generated, counts.cached),
-            "kv_transfer_params": None,
-        }
-        return whole(told, [self._choice(index, choice) for index, choice in enumerate(self._choices)])
+        choices = [self._choice(index, choice) for index, choice in enumerate(self._choices)]
+        return whole(self.whole_fields(counts), choices)
 
     def _choice(self, index: int, choice: _Choice) -> list[bytes]:
         logprobs, of_prompt = choice.logprobs, choice.prompt_logprobs
         told = {
-            "index": index,
+            **choice.fields(index, with_ids=self.wants_ids),
             "text": "".join(choice.texts),
             "logprobs": None if logprobs is None else logprobs.told(GAP),
-            "finish_reason": choice.finish,
-            "stop_reason": choice.stop_reason,
-            "token_ids": choice.ids if self.wants_ids else None,
             "prompt_logprobs": None if of_prompt is None else GAP,
             "prompt_token_ids": (self.prompts[index].ids or None) if self.wants_ids else None,
         }

@@ -32,7 +32,6 @@ from synthia_vllm.api.sampling import (
     Name,
     ResponseFormat,
     SamplingFields,
-    check_schema,
 )
 from synthia_vllm.api.text import Piece, SequenceText
 from synthia_vllm.engine.port import Delta
@@ -57,12 +56,6 @@ class OutputFormat(msgspec.Struct, kw_only=True):
     schema: dict[str, Any]
 
 
-class OutputConfigFormat(ResponseFormat, kw_only=True):
-    """An `output_config.format` as the routes that had it first call it."""
-
-    param: ClassVar[str] = "output_config.format"
-
-
 class OutputConfig(msgspec.Struct, kw_only=True):
     format: OutputFormat | None = None
 
@@ -80,6 +73,8 @@ class CountRequest(msgspec.Struct, kw_only=True):
 
 class MessagesRequest(SamplingFields, kw_only=True):
     """A request, as far as it is used here. None is *not given*, as `null` is."""
+
+    format_param: ClassVar[str] = "output_config.format"
 
     messages: Conversation
     max_tokens: Count  # Anthropic's clients have to say it
@@ -286,8 +281,7 @@ def _response_format(request: MessagesRequest) -> ResponseFormat | None:
             "structured_outputs and output_config.format constrain the same text; send one of them",
             param="structured_outputs",
         )
-    check_schema(wanted.schema, "output_config.format.schema")
-    return OutputConfigFormat(type="json_schema", json_schema=JsonSchema(name="output", schema=wanted.schema))
+    return ResponseFormat(type="json_schema", json_schema=JsonSchema(name="output", schema=wanted.schema))
 
 
 def _usage(counts: Counts) -> dict[str, int]:

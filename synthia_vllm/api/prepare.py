@@ -1,4 +1,4 @@
-"""What the APIs of conversations prepare alike."""
+"""What the APIs prepare alike: those of conversations nearly all, completions how its sequences are put together."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,7 +17,7 @@ from synthia_vllm.api.sampling import (
     sequences_of,
 )
 from synthia_vllm.api.text import SequenceText
-from synthia_vllm.engine.port import Generation, Sampling
+from synthia_vllm.engine.port import Affinity, Generation, Sampling
 from synthia_vllm.prompt import SAMPLING_DEFAULTS
 
 _DEFAULT_LENGTH = int(SAMPLING_DEFAULTS["max_tokens"])
@@ -50,31 +50,39 @@ def prepare_replies(
     )
     if request.echo and request.prompt_logprobs is None:
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=logprobs or 0)
-    affinity = conversation_affinity(asker, messages)
+    include = bool(request.include_stop_str_in_output)
+    texts = [
+        SequenceText.contract(own, keep_leading=continued, include_stop=include, min_tokens=sampling.min_tokens)
+        for _ in range(request.replies)
+    ]
+    asked = prompt, sequences_of(sampling, request.replies), conversation_affinity(asker, messages)
+    return put_together(request, asker, [asked], reply(texts, sampling))
+
+
+def put_together(
+    request: SamplingFields, asker: Asker, asked: Sequence[tuple[Prompt, list[Sampling], Affinity]], reply: Reply
+) -> Prepared:
+    """A request for all of these prompts, each with the sampling of its replies."""
+    each = [(prompt, sampling, affinity) for prompt, samplings, affinity in asked for sampling in samplings]
     sequences = [
         Generation(
-            id=f"{asker.id}-{index}" if request.replies > 1 else asker.id,
+            id=f"{asker.id}-{number}" if len(each) > 1 else asker.id,
             prompt=prompt.ids,
             text=prompt.text,
-            sampling=each,
+            sampling=sampling,
             model=request.model or "",
             salt=request.cache_salt,
             affinity=affinity,
             on_attempt=asker.on_attempt,
         )
-        for index, each in enumerate(sequences_of(sampling, request.replies))
-    ]
-    include = bool(request.include_stop_str_in_output)
-    texts = [
-        SequenceText.contract(own, keep_leading=continued, include_stop=include, min_tokens=sampling.min_tokens)
-        for _ in sequences
+        for number, (prompt, sampling, affinity) in enumerate(each)
     ]
     return Prepared(
         sequences=sequences,
-        reply=reply(texts, sampling),
+        reply=reply,
         streamed=bool(request.stream),
-        prompt_tokens=prompt.tokens,
-        max_generated=most * len(sequences),
-        exact=prompt.exact,
+        prompt_tokens=sum(prompt.tokens for prompt, _, _ in asked),
+        max_generated=sum(sampling.max_tokens for _, sampling, _ in each),
+        exact=all(prompt.exact for prompt, _, _ in asked),
         replies=request.replies,
     )

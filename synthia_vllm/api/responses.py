@@ -6,7 +6,7 @@ route has them (`vllm/entrypoints/openai/responses`), which the sampling fields 
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -23,7 +23,6 @@ from synthia_vllm.api.sampling import (
     Name,
     ResponseFormat,
     SamplingFields,
-    check_schema,
 )
 from synthia_vllm.api.text import Piece, SequenceText
 from synthia_vllm.engine.port import Delta, Position, Sampling
@@ -61,6 +60,8 @@ class Item(msgspec.Struct, kw_only=True):
 
 class ResponsesRequest(SamplingFields, kw_only=True):
     """A request, as far as it is used here. None is *not given*, as `null` is."""
+
+    format_param: ClassVar[str] = "text.format"
 
     # Items are read one by one, so that an error can say which one it is about.
     input: str | Annotated[list[msgspec.Raw], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -317,7 +318,6 @@ def _response_format(request: ResponsesRequest) -> ResponseFormat | None:
     for field in ("name", "schema"):
         if getattr(wanted, field) is None:
             raise RequestError(f"text.format.{field} is required", param=f"text.format.{field}")
-    check_schema(wanted.schema, "text.format.schema")
     return ResponseFormat(type="json_schema", json_schema=JsonSchema(name=wanted.name or "", schema=wanted.schema))
 
 

@@ -59,8 +59,6 @@ class JsonSchema(msgspec.Struct, kw_only=True):
 class ResponseFormat(msgspec.Struct, kw_only=True):
     """OpenAI's three kinds, and vLLM's `structural_tag` in its two forms."""
 
-    param: ClassVar[str] = "response_format"  # the field that the client wrote
-
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
     format: Any = None
@@ -84,6 +82,8 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 class SamplingFields(msgspec.Struct, kw_only=True):
     """Fields of all APIs that generate. None is *not given*, as `null` is."""
+
+    format_param: ClassVar[str] = "response_format"  # what this API calls it
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -170,7 +170,7 @@ def sampling_of(
         "logprob_token_ids": tuple(request.logprob_token_ids) if request.logprob_token_ids else None,
         "allowed_token_ids": _unique(request.allowed_token_ids),
         "bad_words": _unique(request.bad_words),
-        "structured_outputs": structured_outputs(request.structured_outputs, request.response_format),
+        "structured_outputs": structured_outputs(request),
         "extra_args": _extra_args(request.vllm_xargs),
     }
     if card_defaults:
@@ -235,14 +235,13 @@ def contract_stops(own: tuple[str, ...]) -> tuple[str, ...]:
     return (*own, *(stop for stop in STOP_STRINGS if stop not in own))
 
 
-def structured_outputs(
-    given: StructuredOutputs | None, response_format: ResponseFormat | None
-) -> dict[str, Any] | None:
+def structured_outputs(request: SamplingFields) -> dict[str, Any] | None:
     """The fields of vLLM's StructuredOutputsParams; `response_format` goes before `structured_outputs` as in vLLM.
 
     Raises RequestError where there is not exactly one kind, or it is too large or too deep. Whether a grammar can be
     compiled is the engine's to say.
     """
+    given, response_format = request.structured_outputs, request.response_format
     fields: dict[str, Any] = {}
     param = "structured_outputs"
     if given is not None:
@@ -254,7 +253,7 @@ def structured_outputs(
             raise RequestError(f"{param}.json_object is true or not given", param=f"{param}.json_object")
         fields = {name: value for name in given.__struct_fields__ if (value := getattr(given, name)) is not None}
     if response_format is not None and response_format.type != "text":
-        param = response_format.param
+        param = request.format_param
         fields |= _of_response_format(response_format)
     if not fields and given is None:
         return None
@@ -268,7 +267,7 @@ def structured_outputs(
 def constraint_param(request: SamplingFields) -> str | None:
     """The field in which the client wrote its schema or grammar."""
     if request.response_format is not None and request.response_format.type != "text":
-        return request.response_format.param
+        return request.format_param
     return "structured_outputs" if request.structured_outputs is not None else None
 
 

@@ -272,11 +272,13 @@ def _api(address: str | None, ray: "LocalRay | None") -> "ServeApi":
 
 def _with_model(settings: Settings) -> Settings:
     """The settings with the model's name in them: a gateway far away can't see what hardware the engine has."""
+    from synthia_vllm.cluster.planning import as_asked
     from synthia_vllm.engine.arguments import SYNTHIA, default_model
     from synthia_vllm.engine.hardware import inspect_machine
 
     if settings.model is None:
-        settings.model = SYNTHIA if settings.cluster.address else default_model(inspect_machine())
+        here = as_asked(inspect_machine(), settings)
+        settings.model = SYNTHIA if settings.cluster.address else default_model(here)
     return settings
 
 

@@ -9,6 +9,7 @@ from synthia_vllm.cli.database import database_option, moment, open_from, show, 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.accounts import MAX_LIMIT
 from synthia_vllm.gateway.store.inputs import MAX_GRACE_S, iso_time, model_name, user_name
+from synthia_vllm.prompt import MODEL_ALIASES
 
 
 def _user(context: click.Context, option: click.Parameter, value: str) -> str:
@@ -62,6 +63,9 @@ def create(user: str, admin: bool, expires: str | None, database: str | None, **
     limits = UserLimits(**{name: given.pop(name) for name in UserLimits.__slots__})
     key_id, key = store.create(user, admin=admin, expires=ends, limits=limits, **given)
     _tell(key_id, key, user)
+    if others := [name for name in given["models"] if name not in MODEL_ALIASES]:
+        told = ", ".join(others)
+        click.echo(f"Only a server knows whether it serves {told}: its /v1/models lists what this key opens.", err=True)
 
 
 @command.command("list")

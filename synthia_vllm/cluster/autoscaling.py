@@ -11,7 +11,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from synthia_vllm.cluster.load import FRESH_S, Load, read_total
+from synthia_vllm.cluster.load import FRESH_S, Load, LoadReader
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
@@ -53,9 +53,10 @@ class _Follower:
 
     @staticmethod
     def _run(owner: "weakref.ref[_Follower]") -> None:
+        reader = LoadReader()
         while owner() is not None:
             with contextlib.suppress(Exception):  # the GCS is away: what was read last ages out
-                load, now = read_total(), time.monotonic()
+                load, now = reader.read(), time.monotonic()
                 if (follower := owner()) is not None:
                     follower._load, follower._read_at = load, now
                 del follower

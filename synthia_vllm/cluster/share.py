@@ -1,12 +1,9 @@
 """How replicas divide a machine that has no GPU."""
 
 import math
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from synthia_vllm.engine.hardware import GIB, Machine
+from synthia_vllm.engine.hardware import GIB, Machine, physical_cores, usable_cpus
 from synthia_vllm.settings import Settings
 
 # Ray's own processes, the gateways, and what the system needs.
@@ -27,7 +24,7 @@ def share_of(machine: Machine, rank: int, replicas: int, nodes: int, settings: S
     The number of replicas is that of the moment when the replica starts: those that were there before keep theirs
     until they start anew. With `cpus_per_replica` shares are of that size, and a machine holds as many as fit.
     """
-    cores = physical_cores()
+    cores = physical_cores(usable_cpus())
     here = max(1, math.ceil(replicas / max(1, nodes)))
     width = len(cores) // here
     if settings.cluster.cpus_per_replica is not None:
@@ -40,22 +37,3 @@ def share_of(machine: Machine, rank: int, replicas: int, nodes: int, settings: S
         return Share(str(cores[rank % len(cores)]), memory)
     start = rank % here * width
     return Share(",".join(map(str, cores[start : start + width])), memory)
-
-
-def physical_cores(allowed: Iterable[int] | None = None) -> list[int]:
-    """One CPU id for each core of these, or of those that this process may use.
-
-    Two threads of one core only get in each other's way.
-    """
-    if allowed is None:
-        known = hasattr(os, "sched_getaffinity")
-        allowed = os.sched_getaffinity(0) if known else range(os.cpu_count() or 1)
-    return sorted({core_of(cpu): cpu for cpu in sorted(allowed)}.values())
-
-
-def core_of(cpu: int) -> str:
-    """What the CPUs of one core have in common."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
-    except OSError:
-        return str(cpu)

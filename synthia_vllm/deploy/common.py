@@ -17,6 +17,14 @@ def image(settings: Settings, flavour: str) -> str:
     return named if ":" in last or "@" in last else f"{named}:{__version__}-{flavour}"
 
 
+def in_cluster(settings: Settings, *, model: str, gpus: int) -> Settings:
+    """The settings as they hold on the nodes: engines wait for those that are meant, none of which may be up yet."""
+    told = settings.model_copy(update={"model": model, "host": "0.0.0.0"}, deep=True)
+    if told.cluster.accelerator == "auto":
+        told.cluster = told.cluster.model_copy(update={"accelerator": "gpu" if gpus else "cpu"})
+    return told
+
+
 def settings_file(settings: Settings, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings that differ from the defaults, less the secrets, what is for rendering, and the groups named."""
     dumped: dict[str, Any] = settings.model_dump(

@@ -4,12 +4,14 @@ import shlex
 from typing import Any
 
 from synthia_vllm.cluster.config import ray_environment
-from synthia_vllm.deploy.common import image
+from synthia_vllm.deploy.common import image, in_cluster
 from synthia_vllm.deploy.files import Files, to_yaml
 from synthia_vllm.deploy.sizing import Sizing, size
 from synthia_vllm.settings import Settings
 
 _ENVIRONMENT_FILE = "/run/synthia/ray.env"  # in the container, which Ray mounts its files into
+_GCS_PASSWORD_FILE = "/etc/synthia/secrets/gcs_redis"  # none where Redis asks for none
+_CLUSTER = "synthia"
 _PORT = 6379
 _NAMES = ("ray-head.example.com", "ray-worker-1.example.com")  # where no workers are named
 Object = dict[str, Any]
@@ -20,7 +22,7 @@ def render_launcher(settings: Settings, vllm_options: list[str]) -> Files:
     from synthia_vllm.cli.cluster import config_text
 
     sizing = size(settings)
-    told = settings.model_copy(update={"model": sizing.model, "host": "0.0.0.0"}, deep=True)
+    told = in_cluster(settings, model=sizing.model, gpus=sizing.gpus)
     return {
         "ray/on-premises.yaml": to_yaml(_on_premises(settings, sizing), comment="ray up on-premises.yaml"),
         "ray/aws.yaml": to_yaml(_aws(settings, sizing), comment="ray up aws.yaml"),
@@ -32,7 +34,7 @@ def render_launcher(settings: Settings, vllm_options: list[str]) -> Files:
 def _on_premises(settings: Settings, sizing: Sizing) -> Object:
     head, *workers = settings.deploy.workers or _NAMES
     return {
-        "cluster_name": "synthia",
+        "cluster_name": _CLUSTER,
         "provider": {"type": "local", "head_ip": head, "worker_ips": workers},
         "auth": {"ssh_user": "synthia", "ssh_private_key": "~/.ssh/id_ed25519"},
         "max_workers": len(workers),
@@ -48,7 +50,7 @@ def _aws(settings: Settings, sizing: Sizing) -> Object:
     if sizing.gpus:
         resources["GPU"] = settings.deploy.gpus_per_node
     return {
-        "cluster_name": "synthia",
+        "cluster_name": _CLUSTER,
         "provider": {"type": "aws", "region": "us-east-1", "cache_stopped_nodes": False},
         "auth": {"ssh_user": "ubuntu"},
         "max_workers": nodes,
@@ -90,14 +92,21 @@ def _shared(settings: Settings, sizing: Sizing, *, cpus: int) -> Object:
         "file_mounts": {_ENVIRONMENT_FILE: "./ray.env"},
         "head_start_ray_commands": [
             "ray stop",
-            f"{load}; ray start --head --port={_PORT} --num-cpus={cpus} --dashboard-host=127.0.0.1 "
-            "--autoscaling-config=~/ray_bootstrap_config.yaml --disable-usage-stats",
+            f"{load}; {_redis(settings)}ray start --head --port={_PORT} --num-cpus={cpus} --dashboard-host=127.0.0.1 "
+            "--autoscaling-config=~/ray_bootstrap_config.yaml --disable-usage-stats"
+            + (f' --redis-password="$(cat {_GCS_PASSWORD_FILE} 2>/dev/null)"' if settings.deploy.gcs_redis else ""),
         ],
         "worker_start_ray_commands": [
             "ray stop",
             f"{load}; ray start --address=$RAY_HEAD_IP:{_PORT} --disable-usage-stats",
         ],
     }
+
+
+def _redis(settings: Settings) -> str:
+    """What the head alone is told, so that one that is lost comes back to its cluster: `ray up` again."""
+    redis = settings.deploy.gcs_redis
+    return f"RAY_REDIS_ADDRESS={redis} RAY_external_storage_namespace={_CLUSTER} " if redis else ""
 
 
 def _environment_file(settings: Settings) -> str:

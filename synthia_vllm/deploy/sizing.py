@@ -135,7 +135,17 @@ def _check_replicas(settings: Settings, gpus: int, stages: int) -> None:
             f"model is on a node of its own; give {stages} nodes, or lower it"
         )
     if not gpus:
+        if stages > 1:
+            raise SetupError(
+                f"--cluster.pipeline-parallel-size {stages} does not fit --deploy.gpus-per-node 0: only GPUs share a "
+                "model layer by layer; leave it out, or give GPUs"
+            )
         return
+    if stages > 1 and deploy.gpus_per_node % gpus:
+        raise SetupError(
+            f"--engine.tensor-parallel-size {gpus} does not fit --deploy.gpus-per-node {deploy.gpus_per_node}: with "
+            "--cluster.pipeline-parallel-size a node's GPUs have to be a multiple of it; give another number of either"
+        )
     fit = deploy.nodes * (deploy.gpus_per_node // gpus) // stages
     wanted, option = (cluster.max_replicas, "max-replicas") if cluster.max_replicas else (cluster.replicas, "replicas")
     if wanted > fit:

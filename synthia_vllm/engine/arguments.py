@@ -10,7 +10,7 @@ from pathlib import Path
 
 from synthia_vllm.engine.demo import NAME as DEMO_NAME
 from synthia_vllm.engine.demo import demo_model
-from synthia_vllm.engine.hardware import CPU_BINDING, Machine, preload_libraries
+from synthia_vllm.engine.hardware import CPU_BINDING, Machine, preload_libraries, usable_cpus
 from synthia_vllm.engine.memory import check_gpu_memory, choose_kv_bytes, read_config, read_geometry
 from synthia_vllm.engine.plugin import ENGINE_VARIABLE
 from synthia_vllm.engine.profiles import Profile, choose_profile
@@ -41,8 +41,14 @@ class EnginePlan:
     profile: str | None = None  # the one whose options are among the arguments, and which these are
 
     def apply_environment(self) -> None:
-        """Sets the environment for vLLM's processes. They are spawned, so even LD_PRELOAD takes effect in them."""
+        """Sets the environment for vLLM's processes. They are spawned, so even LD_PRELOAD takes effect in them.
+
+        Where they are to bind themselves, this process is bound to what its container's quota lasts for: vLLM takes all
+        CPUs of the affinity mask, which it inherits, and knows no quotas.
+        """
         os.environ.update(self.environment)
+        if self.environment.get(CPU_BINDING) == "auto" and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, usable_cpus())
 
 
 def default_model(machine: Machine) -> str:
@@ -57,10 +63,11 @@ def find_model(asked: str) -> tuple[str, str]:
     return (str(Path(asked).expanduser()) if asked.startswith("~") else asked), asked
 
 
-def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ()) -> EnginePlan:
+def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (), *, stages: int = 1) -> EnginePlan:
     """Decides everything about the engine before anything is loaded; `extra` are vLLM's own options, which win.
 
-    Raises SetupError where the model is missing, is no Llama architecture, or does not fit.
+    Each of the pipeline's stages takes GPUs of a machine like this one. Raises SetupError where the model is missing,
+    is no Llama architecture, or does not fit.
     """
     model, name = find_model(settings.model or default_model(machine))
     arguments = [
@@ -105,8 +112,9 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = ())
         if gpus > len(machine.gpus):
             raise SetupError(f"--engine.tensor-parallel-size {gpus}: this machine has {len(machine.gpus)} GPU(s)")
         if geometry and not _smaller_weights(profile, extra):
-            check_gpu_memory(geometry, context, machine, gpus)
+            check_gpu_memory(geometry, context, machine, gpus, stages)
         arguments += ["--tensor-parallel-size", str(gpus), "--enable-prefix-caching"]
+        arguments += ["--pipeline-parallel-size", str(stages)] if stages > 1 else []
         if settings.engine.kv_cache_gib:
             arguments += ["--kv-cache-memory-bytes", str(int(settings.engine.kv_cache_gib * 2**30))]
     else:

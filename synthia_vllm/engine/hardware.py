@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import zlib
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import psutil
 GIB = 2**30
 # vLLM's: the CPUs that its worker computes on, or "auto".
 CPU_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_CGROUPS = Path("/sys/fs/cgroup")  # in a container its own
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """CPUs that this process may use, memory in bytes, GPUs."""
+    """CPUs that this process is to use, memory in bytes, GPUs."""
 
     cpus: int
     memory_total: int
@@ -34,16 +38,62 @@ class Machine:
 
 
 def inspect_machine() -> Machine:
-    """Looks at the machine: affinity mask, memory (the container's limit if lower), nvidia-smi."""
+    """Looks at the machine: affinity mask and memory (the container's limits if lower), nvidia-smi."""
     memory = psutil.virtual_memory()
     limit = _cgroup_limit()
     total = min(memory.total, limit) if limit else memory.total
     return Machine(
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=len(usable_cpus()),
         memory_total=total,
         memory_available=min(memory.available, total, _node_available() or total),
         gpus=_gpus(),
     )
+
+
+def usable_cpus(process: int = 0) -> set[int]:
+    """The CPUs that a process, by default this one, is to compute on: its affinity mask, within the quota."""
+    known = hasattr(os, "sched_getaffinity")
+    return within_quota(os.sched_getaffinity(process) if known else set(range(os.cpu_count() or 1)), cpu_quota())
+
+
+def within_quota(cpus: Set[int], quota: float | None) -> set[int]:
+    """Of these CPUs as many as a container's quota lasts for, each on a core of its own; all of them without one.
+
+    Threads on more of them use the quota up before the period ends, and the whole container then stands still until
+    the next one. Which ones follows from the host's name: containers on one machine should not all take the first.
+    """
+    cores = physical_cores(cpus)
+    count = max(1, int(quota)) if quota is not None else len(cores)
+    if count >= len(cores):
+        return set(cpus)
+    start = zlib.crc32(socket.gethostname().encode()) % (len(cores) // count) * count
+    return set(cores[start : start + count])
+
+
+def cpu_quota(cgroups: Path = _CGROUPS) -> float | None:
+    """CPUs' worth of time that this container gets in each period; None without a limit. cgroup v2, else v1."""
+    try:
+        quota, period = (cgroups / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return None
+    # No limit is `max` in v2 and -1 in v1.
+    return int(quota) / int(period) if quota.strip().isdigit() else None
+
+
+def physical_cores(allowed: Iterable[int]) -> list[int]:
+    """One CPU id for each core of these. Two threads of one core only get in each other's way."""
+    return sorted({core_of(cpu): cpu for cpu in sorted(allowed)}.values())
+
+
+def core_of(cpu: int) -> str:
+    """What the CPUs of one core have in common."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
 
 
 def preload_libraries() -> dict[str, Path | None]:
@@ -87,7 +137,7 @@ def _node_available() -> int | None:
 
     Source: vLLM 0.29, `utils/cpu_resource_utils.get_memory_node_info`.
     """
-    first = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    first = min(usable_cpus())
     node = next(Path(f"/sys/devices/system/cpu/cpu{first}").glob("node*"), None)
     try:
         lines = Path("/sys/devices/system/node", node.name if node else "node0", "meminfo").read_text().splitlines()

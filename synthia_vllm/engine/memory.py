@@ -91,22 +91,27 @@ def choose_kv_bytes(geometry: Geometry, context: int, machine: Machine, wanted_g
     return wanted
 
 
-def check_gpu_memory(geometry: Geometry, context: int, machine: Machine, gpus: int) -> None:
-    """Raises SetupError where weights and one context's KV cache do not fit the GPUs, and says what would."""
-    used = machine.gpus[:gpus]
-    room = sum(int(min(gpu.memory_total * 0.9, gpu.memory_free)) for gpu in used) - gpus * GIB
-    need = (geometry.weight_bytes or 0) + context * geometry.kv_bytes_per_token
-    if need <= room:
+def check_gpu_memory(geometry: Geometry, context: int, machine: Machine, gpus: int, stages: int = 1) -> None:
+    """Raises SetupError where weights and one context's KV cache do not fit the GPUs, and says what would.
+
+    gpus    of this machine, which divide each layer evenly, so that the smallest decides
+    stages  machines like this one that divide the layers evenly, weights and KV cache with them
+    """
+    room = gpus * (min(int(min(gpu.memory_total * 0.9, gpu.memory_free)) for gpu in machine.gpus[:gpus]) - GIB)
+    weights = geometry.weight_bytes or 0
+    need = weights + context * geometry.kv_bytes_per_token
+    if need <= room * stages:
         return
-    left = (room - (geometry.weight_bytes or 0)) // geometry.kv_bytes_per_token // 128 * 128
+    left = (room * stages - weights) // geometry.kv_bytes_per_token // 128 * 128
     cure = (
         f"--engine.max-model-len {left} would fit"
         if left >= 512
         else "use more GPUs (--engine.tensor-parallel-size) or 8-bit weights (-- --quantization fp8)"
     )
+    of_stages = f" in each of {stages} stages" if stages > 1 else ""
     raise SetupError(
-        f"the model does not fit: weights and one context of {context} tokens need {_gib(need)}, but {gpus} GPU(s) "
-        f"have {_gib(room)} to give; {cure}"
+        f"the model does not fit: weights and one context of {context} tokens need {_gib(need)}, but {gpus} GPU(s)"
+        f"{of_stages} have {_gib(room * stages)} to give; {cure}"
     )
 
 

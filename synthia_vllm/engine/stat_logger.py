@@ -1,16 +1,32 @@
-"""vLLM's Prometheus metrics, without times of requests that the engine never ran; for `vllm.stat_logger_plugins`.
+"""vLLM's Prometheus metrics, mended and with one more; for `vllm.stat_logger_plugins`.
 
-Read in vLLM 0.29.0: a request that ends before it was scheduled (a grammar that doesn't compile) is taken as scheduled
-at zero on the machine's clock (`v1/metrics/stats.py`, update_from_finished_request). About minus the machine's uptime
-is added to the sum of queue times, and as much to those of prefill and inference.
+- Without times of requests that the engine never ran. Read in vLLM 0.29.0: a request that ends before it was scheduled
+  (a grammar that doesn't compile) is taken as scheduled at zero on the machine's clock (`v1/metrics/stats.py`,
+  update_from_finished_request). About minus the machine's uptime is added to the sum of queue times, and as much to
+  those of prefill and inference.
+- With `max_num_seqs`, which vLLM tells nobody: beyond it requests wait in vLLM's own queue, so that who gives it
+  requests has to know.
 """
 
 from typing import Any
 
+from prometheus_client import Gauge
 from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+MAX_NUM_SEQS = Gauge(
+    "synthia_max_num_seqs",
+    "Most requests that the engine runs at once.",
+    ("model_name", "engine"),  # as vLLM's own
+    multiprocess_mode="mostrecent",
+)
 
 
 class StatLogger(PrometheusStatLogger):  # type: ignore[misc]
+    def __init__(self, vllm_config: Any, *given: Any, **named: Any) -> None:
+        super().__init__(vllm_config, *given, **named)
+        for labels in self.per_engine_labelvalues.values():
+            MAX_NUM_SEQS.labels(*labels).set(vllm_config.scheduler_config.max_num_seqs)
+
     def record(self, scheduler_stats: Any, iteration_stats: Any, *given: Any, **named: Any) -> None:
         if iteration_stats is not None and iteration_stats.finished_requests:
             never_scheduled_waited_only(iteration_stats.finished_requests)

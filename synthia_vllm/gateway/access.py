@@ -7,7 +7,7 @@ from time import perf_counter
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from synthia_vllm.api.errors import form_of
+from synthia_vllm.api.errors import ErrorForm, form_of
 from synthia_vllm.errors import Forbidden, NotFound, Overloaded, RequestError, SynthiaError, Unauthorized
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.apis import Apis
@@ -17,7 +17,6 @@ from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, request_ids, send_
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
-# Told without a key: probes have none.
 # Tells of all users: the operator's.
 _OPERATORS = ("/metrics", "/sd")
 _LIVE = f"{ADMIN_PREFIX}live"
@@ -67,7 +66,7 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name: value for name, value in reversed(scope["headers"]) if name in _WANTED_HEADERS}
         exchange = _new_exchange(scope, headers)
-        reply = RecordedReply(exchange, send)
+        reply = RecordedReply(exchange, send, form_of(exchange.route, headers))
         self.open[exchange.id] = exchange
         for observer in self.observers:
             observer.opened(exchange)
@@ -142,22 +141,17 @@ class Access:
 
     def _check(self, route: str, account: Account | None) -> None:
         """Raises Unauthorized or Forbidden where this key does not open this route."""
-        if route.startswith(ADMIN_PREFIX):
-            # The live view tells what /metrics tells, and is as open as that.
-            if self.keys_required or route != _LIVE:
-                if account is None:
-                    raise Unauthorized
-                if not account.admin:
-                    raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
-        elif self.keys_required:
-            if account is None:
-                raise Unauthorized
-            if account.admin != (route in _OPERATORS):
-                raise Forbidden(
-                    "an admin key opens /admin, /metrics and /sd only; use a user's key"
-                    if account.admin
-                    else "this needs an admin key: `synthia-vllm keys create --admin`"
-                )
+        of_admin = route.startswith(ADMIN_PREFIX)
+        # The live view tells what /metrics tells, and is as open as that.
+        if not self.keys_required and (not of_admin or route == _LIVE):
+            return
+        if account is None:
+            raise Unauthorized
+        operators = of_admin or route in _OPERATORS
+        if operators and not account.admin:
+            raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
+        if account.admin and not operators:
+            raise Forbidden("an admin key opens /admin, /metrics and /sd only; use a user's key")
 
     async def _account(self, headers: dict[bytes, bytes]) -> Account | None:
         """By `Authorization: Bearer` or `x-api-key`: either may be the right one."""
@@ -172,11 +166,12 @@ class Access:
 class RecordedReply:
     """The reply on its last step to the client: the request id goes in, the status and the end are noted."""
 
-    def __init__(self, exchange: Exchange, send: Send) -> None:
+    def __init__(self, exchange: Exchange, send: Send, form: ErrorForm) -> None:
         self.started = False
         self.ended = False
         self._exchange = exchange
         self._send = send
+        self._form = form
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -192,8 +187,7 @@ class RecordedReply:
     async def refuse(self, error: SynthiaError) -> None:
         """Answers with an error in the form of the API that was asked; nothing where a status is out already."""
         if not self.started:
-            exchange = self._exchange
-            await send_error(error, self, form=form_of(exchange.route), request_id=exchange.request_id)
+            await send_error(error, self, form=self._form, request_id=self._exchange.request_id)
 
 
 def _new_exchange(scope: Scope, headers: dict[bytes, bytes]) -> Exchange:

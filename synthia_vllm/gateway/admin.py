@@ -1,17 +1,19 @@
 """`/admin/*`: what the `keys` and `usage` commands do, over HTTP, and the live view. Access lets admin keys in only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi import Body, FastAPI, Query, Request
+import structlog
+from fastapi import Body, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from synthia_vllm.api.errors import openai_form
-from synthia_vllm.errors import MethodNotAllowed, NotFound, RequestError, SynthiaError
+from synthia_vllm.errors import MethodNotAllowed, NotFound, Overloaded, RequestError, SynthiaError, UpstreamLost
 from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME, Priority, UserLimits
 from synthia_vllm.gateway.store.inputs import MAX_GRACE_S, end_time, model_name, unix_time, user_name
 from synthia_vllm.gateway.store.keys import UnknownKey
@@ -20,6 +22,9 @@ from synthia_vllm.gateway.store.usage import usage
 if TYPE_CHECKING:
     from synthia_vllm.gateway.app import Gateway
 
+_log = structlog.get_logger(__name__)
+
+_RETRY_S = 5.0  # after which a database that was lost may be asked again
 # The types are JSON's own: true is true and "5" is no number.
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _NAME = f"^{USER_NAME}$"
@@ -69,8 +74,15 @@ def build_admin(gateway: "Gateway") -> FastAPI:
     def list_keys() -> list[Any]:
         return store.list_keys()
 
+    async def served() -> Sequence[str]:
+        """The models that there are; none where nobody can tell."""
+        try:
+            return await gateway.apis.models()
+        except UpstreamLost:
+            return ()
+
     @app.post("/admin/keys", status_code=201)
-    def create_key(new: NewKey) -> dict[str, str]:
+    def create_key(new: NewKey, names: Annotated[Sequence[str], Depends(served)]) -> dict[str, str]:
         key_id, key = store.create(
             new.user,
             admin=new.admin,
@@ -80,7 +92,7 @@ def build_admin(gateway: "Gateway") -> FastAPI:
             limits=UserLimits.of(new),
             models=new.models,
         )
-        return {"id": key_id, "key": key}
+        return {"id": key_id, "key": key, **_warning(new.models or (), names)}
 
     @app.post("/admin/keys/{key_id}/rotate", status_code=201)
     def rotate_key(key_id: str, rotation: Annotated[Rotation, Body(default_factory=Rotation)]) -> dict[str, str]:
@@ -109,6 +121,11 @@ def build_admin(gateway: "Gateway") -> FastAPI:
     @app.exception_handler(UnknownKey)
     async def unknown_key(request: Request, error: UnknownKey) -> JSONResponse:
         return _answer(NotFound(request.scope["path"]))
+
+    @app.exception_handler(SQLAlchemyError)
+    async def lost(request: Request, error: SQLAlchemyError) -> JSONResponse:
+        _log.error("admin_database_lost", route=request.scope["path"], error=str(error).partition("\n")[0])
+        return _answer(Overloaded("the database can't be asked now", _RETRY_S))
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> JSONResponse:
@@ -142,6 +159,14 @@ def _answer(error: SynthiaError) -> JSONResponse:
         return JSONResponse(openai_form(error), 500)
     headers = {name.decode(): value.decode() for name, value in error.headers}
     return JSONResponse(openai_form(error), error.status, headers)
+
+
+def _warning(wanted: Sequence[str], served: Sequence[str]) -> dict[str, str]:
+    """What to tell of models that a key is for and nobody serves: no error, as they may come later."""
+    missing = [name for name in wanted if name not in served]
+    if not missing or not served:
+        return {}
+    return {"warning": f"not served now: {', '.join(missing)}; the models are {', '.join(served)}"}
 
 
 def _moment(name: str, text: str | None, rule: Callable[[str], float]) -> float | None:

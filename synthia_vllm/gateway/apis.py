@@ -24,7 +24,7 @@ from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.port import Engine
 from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, UpstreamLost
 from synthia_vllm.gateway.delivery import Delivery
-from synthia_vllm.gateway.edge.replies import send_error, send_json
+from synthia_vllm.gateway.edge.replies import send_json
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import PromptSettings
@@ -75,12 +75,7 @@ class Apis:
         """True where the whole reply went out; False where it broke off in a stream. `unbounded`: as in Delivery."""
         route = exchange.route
         if exchange.method != "POST":
-            form = form_of(route, headers)
-            try:
-                await self._tell_models(exchange, send, anthropic=form is anthropic_form)
-            except RequestError as error:
-                exchange.reason = error.reason
-                await send_error(error, send, form=form, request_id=exchange.request_id)
+            await self._tell_models(exchange, send, anthropic=form_of(route, headers) is anthropic_form)
             return True
         assert exchange.body is not None
         if (api := self._answering.get(route)) is not None:
@@ -175,10 +170,14 @@ class Apis:
                 return await send_json(200, one, send)
         raise NotFound(exchange.route) if not wanted else ModelNotFound(wanted, [one["id"] for one in found])
 
-    async def _known_model(self) -> Model:
+    async def models(self) -> Sequence[str]:
+        """The names that clients may ask for. Raises UpstreamLost where no engine tells."""
         own = await self.engine.models()
         self._told = True
-        return self._model_of((*own, *(alias for alias in MODEL_ALIASES if alias not in own)))
+        return *own, *(alias for alias in MODEL_ALIASES if alias not in own)
+
+    async def _known_model(self) -> Model:
+        return self._model_of(await self.models())
 
     def _model_of(self, names: Sequence[str]) -> Model:
         return Model(

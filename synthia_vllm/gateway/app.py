@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
 from synthia_vllm.engine.port import Capacity, Engine
-from synthia_vllm.errors import SetupError
+from synthia_vllm.errors import Overloaded, SetupError
 from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account, UserLimits
 from synthia_vllm.gateway.admin import build_admin
@@ -104,7 +105,7 @@ class Gateway:
         self.keys = KeyStore(database, load_secret(settings))
         self.key_cache = KeyCache(self.keys)
         self.ledger = Ledger(database)
-        self.limiter = _limiter(settings, lambda user, since: spent_tokens(database, user, since))
+        self.limiter = _limiter(settings, self._spent)
         self.default_limits = UserLimits.of(settings.limits)
         self.settings = settings
         fair = settings.fair
@@ -131,7 +132,7 @@ class Gateway:
         observers: list[Observer] = [self.ledger, metrics, RequestLog(settings.log)]
         if self._tracing is not None:
             observers.insert(0, self._tracing)
-        apis = Apis(
+        self.apis = Apis(
             engine,
             self._layers(engine),
             settings.prompt,
@@ -139,7 +140,7 @@ class Gateway:
             **({"on_attempt": self._tracing.attempt} if self._tracing is not None else {}),
         )
         self.access = Access(
-            apis,
+            self.apis,
             lookup=self.key_cache.lookup,
             keys_required=keys_required(settings),
             observers=observers,
@@ -204,6 +205,13 @@ class Gateway:
             max_tokens=fair.max_queued_tokens,
         )
         return Limits(queue, limiter=self.limiter, defaults=self.default_limits)
+
+    def _spent(self, user: str, since: float) -> int:
+        """What the ledger has of a user since then. Raises Overloaded (503) where it can't be asked."""
+        try:
+            return spent_tokens(self._database, user, since)
+        except SQLAlchemyError:
+            raise Overloaded("what this month has used can't be looked up now", 5.0) from None
 
     def _last_token(self) -> float:
         return max((one.usage.last_token or 0.0 for one in self.access.open.values()), default=0.0)

@@ -55,8 +55,6 @@ class Meter:
         except Exception:
             usage.accepted = usage.begun
             raise
-        finally:
-            usage.done = clock()
 
 
 def _check_end(finished: bool) -> None:

@@ -29,7 +29,6 @@ class Usage:
     begun: bool = False  # something came from the engine
     first_token: float | None = None
     last_token: float | None = None
-    done: float | None = None  # the engine has ended it, whole or not
     ended: int = 0  # sequences that are whole
     completed: bool = False  # all of them
     replica: str = ""  # that generates it now, in a cluster

@@ -59,6 +59,14 @@ def test_create_prints_the_key_alone_on_stdout(run: Run) -> None:
     assert done.stdout.strip()[11:19] in done.stderr
 
 
+def test_a_key_for_a_model_that_only_a_server_knows_is_made_and_says_so(run: Run) -> None:
+    done = run("keys", "create", "--user", "a", "--models", "synthia", "--models", "nope")
+    assert done.returncode == 0
+    assert "whether it serves nope:" in done.stderr
+    assert len(done.stdout.split()) == 1
+    assert "serves" not in run("keys", "create", "--user", "b", "--models", "synthia").stderr
+
+
 def test_all_settings_reach_the_list(run: Run) -> None:
     options = {"weight": 3.0, "priority": "batch", "requests_per_minute": 60, "tokens_per_minute": 9000}
     options |= {"concurrent_requests": 4, "tokens_per_month": 10**12}

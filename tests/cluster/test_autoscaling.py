@@ -1,16 +1,20 @@
 """How many replicas a load asks for."""
 
+import asyncio
+import itertools
 import pickle
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from synthia_vllm.cluster.autoscaling import TokenLoadPolicy, replicas_for
-from synthia_vllm.cluster.load import FRESH_S, Load, total
+from synthia_vllm.cluster.load import FRESH_S, Load, LoadReader, tell
 
 HELD = 10_000
 loads = st.builds(
@@ -66,13 +70,108 @@ def test_a_load_that_wavers_at_a_threshold_takes_nothing_away(current: int, targ
     assert replicas_for(load(int(at_threshold * wave)), current, target) >= current - (current == 1)
 
 
-def test_a_gateway_that_died_is_not_counted() -> None:
-    now = 1000.0
-    alive, dead = Load(tokens=5, requests=1, at=now - 1), Load(tokens=7, requests=1, at=now - FRESH_S - 1)
-    found = total([alive, dead], now)
-    assert found is not None
-    assert found.tokens == 5
-    assert total([dead], now) is None
+class Clock:
+    """The reader's."""
+
+    def __init__(self) -> None:
+        self.now = 5.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Cluster:
+    """Gateways that write, and the one that reads, a second apart."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.reader = LoadReader(self.clock)
+        self.board: dict[str, Load] = {}
+
+    def second(self, alive: Mapping[str, int]) -> Load | None:
+        """`alive`: the gateways that write in it, and how many tokens they have."""
+        self.clock.now += 1
+        for name, tokens in alive.items():
+            before = self.board.get(name, Load())
+            self.board[name] = Load(tokens=tokens, requests=1, beat=before.beat + 1)
+        return self.reader.total(self.board)
+
+
+@pytest.fixture
+def gateways() -> Cluster:
+    """A cluster that has run for a while, read all the time."""
+    found = Cluster()
+    for _ in range(3):
+        found.second({"a": 5, "b": 7})
+    return found
+
+
+def tokens(load: Load | None) -> int | None:
+    return load.tokens if load else None
+
+
+def test_gateways_are_added_up(gateways: Cluster) -> None:
+    found = gateways.second({"a": 5, "b": 7})
+    assert found == Load(tokens=12, requests=2)
+
+
+async def test_clocks_that_are_far_apart_play_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, bytes] = {}
+
+    class Board:
+        def __init__(self, name: str) -> None:
+            self.read, self.put, self.remove = kept.copy, kept.__setitem__, kept.__delitem__
+
+    monkeypatch.setattr("synthia_vllm.cluster.serve_internals.Board", Board)
+    monkeypatch.setattr("synthia_vllm.cluster.load._PERIOD_S", 0.01)
+    monkeypatch.setattr("time.time", itertools.cycle([0.0, 3600.0, 1e10]).__next__)
+    reader = LoadReader()
+    gateways = [asyncio.create_task(tell(name, lambda: Load(tokens=5, requests=1))) for name in ("a", "b")]
+    async with asyncio.timeout(10):
+        while reader.read() != Load(tokens=10, requests=2):
+            await asyncio.sleep(0.02)
+    for gateway in gateways:
+        gateway.cancel()
+    await asyncio.gather(*gateways, return_exceptions=True)
+    assert kept == {}, "one that ends takes its value off the board"
+
+
+def test_a_gateway_that_died_is_not_counted(gateways: Cluster) -> None:
+    totals = [tokens(gateways.second({"a": 5})) for _ in range(int(FRESH_S) + 2)]
+    assert totals[0] == 12
+    assert totals[-1] == 5
+
+
+def test_where_all_have_died_nothing_is_known(gateways: Cluster) -> None:
+    assert [gateways.second({}) for _ in range(int(FRESH_S) + 2)][-1] is None
+
+
+def test_a_new_gateway_counts_at_once(gateways: Cluster) -> None:
+    assert tokens(gateways.second({"a": 5, "b": 7, "c": 100})) == 112
+
+
+def test_a_reader_that_starts_anew_does_not_count_the_dead(gateways: Cluster) -> None:
+    """It says nothing until it knows: one that died long ago, and one that is only slow, look the same at first."""
+    gateways.reader = LoadReader(gateways.clock)
+    totals = [tokens(gateways.second({"a": 5})) for _ in range(int(FRESH_S) + 2)]
+    assert set(totals) == {None, 5}
+    assert totals[-1] == 5
+
+
+def test_a_reader_that_starts_anew_among_the_living_knows_soon(gateways: Cluster) -> None:
+    gateways.reader = LoadReader(gateways.clock)
+    assert [tokens(gateways.second({"a": 5, "b": 7})) for _ in range(2)] == [None, 12]
+
+
+def test_after_a_time_without_a_board_nobody_counts_as_dead(gateways: Cluster) -> None:
+    gateways.clock.now += 10 * FRESH_S
+    assert [tokens(gateways.second({"a": 5})), tokens(gateways.second({"a": 5, "b": 7}))] == [None, 12]
+
+
+def test_what_a_dead_gateway_wrote_is_removed_in_the_end(gateways: Cluster) -> None:
+    for _ in range(700):
+        gateways.second({"a": 5})
+    assert gateways.reader.long_dead() == ["b"]
 
 
 class KnownLoad(TokenLoadPolicy):

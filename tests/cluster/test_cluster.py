@@ -95,7 +95,7 @@ def test_the_engine_is_closed_to_strangers(cluster: RunningCluster, client: http
 
 
 def test_what_serves_without_keys_is_for_this_machine_only(cluster: RunningCluster) -> None:
-    """HAProxy's figures and the port between Serve's replicas, which asks for Ray's token, can't be bound by us."""
+    """The port between Serve's replicas, which asks for Ray's token, can't be bound by us."""
     mine, gateway = set(_pids(cluster)), int(cluster.url.rpartition(":")[2])
     listening = [
         (connection.laddr.ip, connection.laddr.port)
@@ -105,6 +105,9 @@ def test_what_serves_without_keys_is_for_this_machine_only(cluster: RunningClust
     assert ("127.0.0.1", gateway) in listening
     known = {gateway, int(cluster.state()["dashboard"].rpartition(":")[2]), *range(30000, 31000)}
     assert {ip for ip, port in listening if port in known} == {"127.0.0.1"}
+    proxies = [process for process in map(psutil.Process, mine) if process.name() == "haproxy"]
+    assert proxies
+    assert {one.laddr.ip for process in proxies for one in _listeners(process)} == {"127.0.0.1"}
 
 
 def test_the_dashboard_asks_for_rays_token(cluster: RunningCluster) -> None:
@@ -189,6 +192,27 @@ def test_the_gateway_serves_while_the_controller_is_gone(cluster: RunningCluster
         chat(client)
         time.sleep(0.5)
     wait_until(cluster.healthy)
+
+
+def test_clients_are_let_in_again_when_haproxy_was_killed(cluster: RunningCluster, client: httpx.Client) -> None:
+    proxies = [process for process in map(psutil.Process, _pids(cluster)) if process.name() == "haproxy"]
+    assert proxies
+    for process in proxies:
+        process.kill()
+    wait_until(lambda: _answers(client))
+    chat(client)
+    wait_until(cluster.healthy)
+
+
+def _answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def _listeners(process: psutil.Process) -> list[Any]:
+    return [one for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
 
 
 def _port(connection: Any) -> int:

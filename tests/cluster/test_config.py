@@ -8,7 +8,7 @@ import yaml
 from synthia_vllm.cli.cluster import config_text, long_forms
 from synthia_vllm.cluster.config import check_agreement, check_environment, ray_environment, serve_config
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import ClusterSettings, Settings
+from synthia_vllm.settings import ClusterSettings, DeploySettings, Settings
 
 
 def settings(**cluster: Any) -> Settings:
@@ -64,6 +64,24 @@ def test_scaling_has_its_policy_and_its_bounds() -> None:
     assert options["num_replicas"] == "auto"
     assert options["autoscaling_config"]["initial_replicas"] == 2
     assert options["autoscaling_config"]["policy"]["policy_kwargs"] == {"target_load": 0.5}
+
+
+def test_a_gateway_knows_that_its_queue_wakes_replicas() -> None:
+    """What it says of itself without a replica, `/ready`, depends on that."""
+
+    def told(**cluster: Any) -> dict[str, Any]:
+        found: dict[str, Any] = gateway_of(serve_config(settings(**cluster)))["args"]["settings"].get("cluster", {})
+        return found
+
+    assert told(min_replicas=0, max_replicas=4) == {"min_replicas": 0, "max_replicas": 4}
+    assert told(min_replicas=2, replicas=2, max_replicas=4) == told(max_replicas=5) == {}
+
+
+def test_nodes_wait_for_a_head_that_comes_back() -> None:
+    name = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    assert name not in ray_environment(settings()), "one that has forgotten everything is not waited for"
+    durable = Settings(model="demo", deploy=DeploySettings(gcs_redis="redis:6379"))
+    assert int(ray_environment(durable)[name]) >= 600
 
 
 def test_a_replica_lives_longer_than_its_longest_stream() -> None:

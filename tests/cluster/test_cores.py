@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from synthia_vllm.cluster.cores import Claim, Claims, share_cores, wanted_cpus
-from synthia_vllm.cluster.share import core_of
+from synthia_vllm.engine import hardware
+from synthia_vllm.engine.hardware import core_of, usable_cpus
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 pytestmark = pytest.mark.skipif(len(CORES) < 2 or core_of(CORES[0]) == core_of(CORES[1]), reason="needs two cores")
@@ -129,6 +130,12 @@ def test_which_cores_are_its_to_use(base: list[int], others: list[list[int]], wa
         assert {core_of(cpu) for cpu in found} == {core_of(cpu) for cpu in CORES}
     else:
         assert found == [CORES[cpu] for cpu in wanted]
+
+
+def test_one_that_is_alone_keeps_to_its_containers_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "cpu_quota", lambda: 1.0)
+    base = sorted(usable_cpus())
+    assert wanted_cpus(base, []) == base
 
 
 async def test_a_survivor_computes_on_all_cores_at_once_and_gives_them_up(tmp_path: Path, hold: Hold) -> None:

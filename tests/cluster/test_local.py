@@ -7,9 +7,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+from ray.serve.config import HTTPOptions
 
 from synthia_vllm.cluster import local
 from synthia_vllm.cluster.local import LocalRay
+from tests.running import until
 
 
 @pytest.fixture
@@ -59,3 +62,33 @@ def test_what_lost_its_parents_is_known_by_its_environment(sleeper: subprocess.P
 
 def test_without_a_cluster_there_is_none(sleeper: subprocess.Popen[bytes]) -> None:
     assert local.find() is None
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_haproxys_figures_are_for_this_machine_only(tmp_path: Path, host: str) -> None:
+    gateway, metrics, stats = local.free_ports(3)
+    haproxy = HAProxyConfig(
+        http_options=HTTPOptions(host=host, port=gateway),
+        metrics_port=metrics,
+        stats_port=stats,
+        socket_path=str(tmp_path / "a.sock"),
+        server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "server-state"),
+        metrics_socket_path=str(tmp_path / "m.sock"),
+        error_file_path=None,
+    )
+    config = tmp_path / "haproxy.cfg"
+    HAProxyApi(cfg=haproxy, config_file_path=str(config))._generate_config_file_internal()
+    script = local.haproxy_within(tmp_path, [metrics, stats])["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    process = subprocess.Popen([script, "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
+    try:
+        addresses = until(lambda: listening(process.pid), "HAProxy listens", 10)
+    finally:
+        process.kill()
+        process.wait()
+    assert addresses == {gateway: host, metrics: "127.0.0.1", stats: "127.0.0.1"}
+
+
+def listening(pid: int) -> dict[int, str]:
+    found = psutil.Process(pid).net_connections("tcp")
+    return {one.laddr.port: one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from synthia_vllm.cluster.planning import check_room, plan_replica
+from synthia_vllm.cluster.planning import as_asked, check_room, plan_on_any, plan_replica
 from synthia_vllm.engine.hardware import GIB, Gpu, Machine
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
@@ -56,6 +56,79 @@ def test_stages_on_several_nodes_are_passed_to_vllm(tmp_path: Path) -> None:
     at = plan.arguments.index("--pipeline-parallel-size")
     assert plan.arguments[at + 1] == "2"
     assert plan.arguments[-2:] == ["--seed", "7"]
+
+
+def large(folder: Path, **groups: Any) -> Settings:
+    """Weights of 20 GiB, which are a hole in a file."""
+    found = settings(folder, **groups)
+    with (folder / "model.safetensors").open("r+b") as weights:
+        weights.truncate(20 * GIB)
+    return found
+
+
+def test_two_nodes_hold_a_model_that_is_too_large_for_one(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="does not fit"):
+        plan_replica(large(tmp_path), gpus(1, 16), ())
+    arguments = plan_replica(large(tmp_path, cluster={"pipeline_parallel_size": 2}), gpus(1, 16), ()).arguments
+    assert parallel(arguments) == "1"
+    assert arguments[arguments.index("--pipeline-parallel-size") + 1] == "2"
+
+
+def test_a_stage_takes_as_few_gpus_as_its_share_fits(tmp_path: Path) -> None:
+    wanted = large(tmp_path, cluster={"pipeline_parallel_size": 2})
+    assert parallel(plan_replica(wanted, gpus(4, 16), ()).arguments) == "1"
+    assert parallel(plan_replica(wanted, gpus(4, 8), ()).arguments) == "2"
+
+
+def test_stages_that_would_be_spread_over_nodes_are_refused(tmp_path: Path) -> None:
+    wanted = settings(tmp_path, cluster={"pipeline_parallel_size": 2}, engine={"tensor_parallel_size": 2})
+    assert parallel(plan_on_any([gpus(2), gpus(4)], wanted, ()).arguments) == "2"
+    with pytest.raises(SetupError, match=r"--engine.tensor-parallel-size 2: .* one has 3 GPU"):
+        plan_on_any([gpus(2), gpus(3)], wanted, ())
+
+
+def test_stages_need_gpus(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"--cluster.pipeline-parallel-size 2"):
+        plan_replica(settings(tmp_path, cluster={"pipeline_parallel_size": 2}), machine(24), ())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count"),
+    [
+        ([gpus(1, 80), gpus(1, 48)], "1"),  # fits both
+        ([gpus(8, 80), gpus(4, 16)], "2"),  # it may be given two small ones
+        ([gpus(1, 80), gpus(4, 16)], "2"),  # one node is left out
+        ([gpus(8, 80), gpus(1, 16)], "2"),  # the other one
+    ],
+)
+def test_a_replica_fits_whichever_node_ray_gives_it(tmp_path: Path, nodes: list[Machine], count: str) -> None:
+    for order in (nodes, nodes[::-1]):
+        assert parallel(plan_on_any(order, large(tmp_path), ()).arguments) == count
+
+
+def test_gpus_of_one_machine_are_taken_for_the_smallest(tmp_path: Path) -> None:
+    mixed = Machine(16, 256 * GIB, 256 * GIB, (*gpus(1, 80).gpus, *gpus(1, 8).gpus))
+    with pytest.raises(SetupError, match="does not fit"):
+        plan_on_any([mixed], large(tmp_path), ())
+
+
+def test_without_gpus_the_least_memory_decides(tmp_path: Path) -> None:
+    plan_on_any([machine(64), machine(48)], large(tmp_path), ())
+    with pytest.raises(SetupError, match="does not fit"):
+        plan_on_any([machine(64), machine(16)], large(tmp_path), ())
+
+
+def test_gpus_are_left_alone_where_cpus_are_asked_for(tmp_path: Path) -> None:
+    plan = plan_replica(settings(tmp_path, cluster={"accelerator": "cpu"}), gpus(2), ())
+    assert "--worker-cls" in plan.arguments
+    assert "--tensor-parallel-size" not in plan.arguments
+
+
+def test_no_cpu_is_taken_for_a_gpu(tmp_path: Path) -> None:
+    wanted = settings(tmp_path, cluster={"accelerator": "gpu"})
+    assert as_asked(gpus(2), wanted) == gpus(2)
+    with pytest.raises(SetupError, match=r"--cluster.accelerator gpu: .* set cpu"):
+        plan_replica(wanted, machine(24), ())
 
 
 def test_cpus_hold_any_number(tmp_path: Path) -> None:

@@ -21,11 +21,14 @@ _CHAT = {"model": "synthia", "messages": [{"role": "user", "content": "What is a
 def deployed(cluster: RunningCluster) -> Iterator[ServeApi]:
     """The manifest's config is what runs; the other tests find their own again after it.
 
-    Its engines are those that run already (the preset's options are the cluster's), so none starts for this; its
-    gateway is another. Where Serve listens can't be changed while it runs, so that is left as it is.
+    Its engines are those that run already (the preset's options are the cluster's, but for the nodes that it waits
+    for), so none starts for this; its gateway is another. Where Serve listens can't be changed while it runs, so that
+    is left as it is.
     """
     manifest = yaml.safe_load((FOLDER / "kubernetes" / "overlays" / "demo-cpu" / "rayservice.yaml").read_text())
     config: dict[str, Any] = yaml.safe_load(manifest["spec"]["serveConfigV2"])
+    (engine,) = [one for one in config["applications"] if one["name"] == "engine"]
+    assert engine["args"]["settings"].pop("cluster") == {"accelerator": "cpu"}
     ray = LocalRay(**cluster.state())
     api = ServeApi(ray.dashboard, ray.token)
     config["http_options"] = api.details()["http_options"]

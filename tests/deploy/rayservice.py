@@ -16,6 +16,15 @@ class AuthOptions(_Strict):
     mode: Literal["disabled", "token"]
 
 
+class RedisPassword(_Strict):
+    valueFrom: dict[Literal["secretKeyRef"], dict[str, Any]]
+
+
+class GcsFaultToleranceOptions(_Strict):
+    redisAddress: str
+    redisPassword: RedisPassword | None = None
+
+
 class AutoscalerOptions(_Strict):
     version: Literal["v1", "v2"]
     idleTimeoutSeconds: int
@@ -40,6 +49,7 @@ class WorkerGroup(_Strict):
 class RayCluster(_Strict):
     rayVersion: str
     authOptions: AuthOptions
+    gcsFaultToleranceOptions: GcsFaultToleranceOptions | None = None
     enableInTreeAutoscaling: bool = False
     autoscalerOptions: AutoscalerOptions | None = None
     headGroupSpec: HeadGroup

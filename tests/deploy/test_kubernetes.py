@@ -14,8 +14,9 @@ from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonit
 from deploy.generate import FOLDER
 from synthia_vllm.cli.cluster import config_text
 from synthia_vllm.deploy.kubernetes.rayservice import in_pod
+from synthia_vllm.deploy.render import render
 from synthia_vllm.deploy.sizing import size
-from synthia_vllm.settings import load_settings
+from synthia_vllm.settings import Settings, load_settings
 from tests.deploy.kustomize import build
 from tests.deploy.rayservice import RayServiceSpec
 
@@ -96,6 +97,15 @@ def test_the_serve_config_is_what_cluster_config_prints(overlay: str) -> None:
     assert yaml.safe_load(ray_service(overlay)["spec"]["serveConfigV2"]) == yaml.safe_load(printed)
 
 
+@pytest.mark.parametrize("overlay", RAY)
+def test_engines_are_planned_for_the_nodes_that_are_meant(overlay: str) -> None:
+    """KubeRay deploys once the head is up, which may be before any other node."""
+    config = yaml.safe_load(ray_service(overlay)["spec"]["serveConfigV2"])
+    (engine,) = [one for one in config["applications"] if one["name"] == "engine"]
+    meant = "cpu" if overlay == "demo-cpu" else "gpu"
+    assert engine["args"]["settings"]["cluster"]["accelerator"] == meant
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_have_no_rights_and_no_secrets_in_their_environment(overlay: str) -> None:
     for template in templates(overlay):
@@ -140,6 +150,38 @@ def test_only_the_gateways_port_is_open_to_all(overlay: str) -> None:
         for port in rule["ports"]
     ]
     assert open_to_all == [8000]
+
+
+def rendered(name: str, **groups: Any) -> list[Object]:
+    files = render("k8s", Settings(model="demo", **groups), [])
+    (text,) = [text for path, text in files.items() if path.endswith(f"/{name}.yaml") and "monitoring" not in path]
+    return list(yaml.safe_load_all(text))
+
+
+def takes_clients(cluster: dict[str, Any]) -> list[str]:
+    """The components whose pods the gateway's Service sends clients to."""
+    ((service,), (ray,)) = (rendered(name, cluster=cluster) for name in ("gateway", "rayservice"))
+    groups = ray["spec"]["rayClusterConfig"]
+    pods = [one["template"]["metadata"]["labels"] for one in [groups["headGroupSpec"], *groups["workerGroupSpecs"]]]
+    selected = [labels for labels in pods if service["spec"]["selector"].items() <= labels.items()]
+    return [labels["app.kubernetes.io/component"] for labels in selected]
+
+
+def test_where_no_worker_may_be_left_clients_reach_the_head() -> None:
+    """It is ready whenever Ray is; its HAProxy reaches a gateway, whose queue wakes an engine."""
+    assert takes_clients({"min_replicas": 0, "max_replicas": 2}) == ["head", "engine"]
+    assert takes_clients({"max_replicas": 2}) == takes_clients({}) == ["engine"]
+
+
+def test_a_head_that_is_lost_finds_its_cluster_again_where_redis_is_given() -> None:
+    (ray,) = rendered("rayservice", deploy={"gcs_redis": "redis.data:6379"})
+    RayServiceSpec.model_validate(ray["spec"])
+    options = ray["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]
+    assert options["redisAddress"] == "redis.data:6379"
+    reference = options["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert reference == {"name": "synthia-secrets", "key": "gcs_redis", "optional": True}
+    (without,) = rendered("rayservice")
+    assert "gcsFaultToleranceOptions" not in without["spec"]["rayClusterConfig"]
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "demo-cpu"])

@@ -11,7 +11,8 @@ import yaml
 
 from deploy.generate import FOLDER
 from synthia_vllm.cluster.config import check_environment, ray_environment
-from synthia_vllm.settings import load_settings
+from synthia_vllm.deploy.render import render
+from synthia_vllm.settings import DeploySettings, Settings, load_settings
 
 _RAY = FOLDER / "ray"
 
@@ -47,3 +48,14 @@ def test_serve_accepts_the_applications() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     ServeDeploySchema.model_validate(yaml.safe_load((_RAY / "serve.yaml").read_text()))
+
+
+@pytest.mark.parametrize("name", ["on-premises", "aws"])
+def test_only_the_head_is_told_of_redis(name: str) -> None:
+    """`ray start` takes its password from nowhere but its command line; in the file there is only where it lies."""
+    settings = Settings(model="demo", deploy=DeploySettings(gcs_redis="redis:6379"))
+    cluster = yaml.safe_load(render("ray", settings, [])[f"ray/{name}.yaml"])
+    head, worker = (" ".join(cluster[f"{kind}_start_ray_commands"]) for kind in ("head", "worker"))
+    assert "RAY_REDIS_ADDRESS=redis:6379 " in head
+    assert '--redis-password="$(cat /etc/synthia/secrets/gcs_redis 2>/dev/null)"' in head
+    assert "redis" not in worker

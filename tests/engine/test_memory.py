@@ -80,3 +80,21 @@ def test_gpu_memory_is_checked() -> None:
     check_gpu_memory(SYNTHIA, 4096, machine(64, gpu_gib=48), 1)
     with pytest.raises(SetupError, match="fp8"):
         check_gpu_memory(SYNTHIA, 4096, machine(64, gpu_gib=16), 1)
+
+
+def gpus(*gib: float) -> Machine:
+    return Machine(16, 64 * GIB, 64 * GIB, tuple(Gpu("GPU", int(each * GIB), int(each * GIB)) for each in gib))
+
+
+def test_stages_share_the_weights_and_the_kv_cache() -> None:
+    with pytest.raises(SetupError, match=r"1 GPU\(s\) have 13\.4 GiB"):
+        check_gpu_memory(SYNTHIA, 4096, gpus(16), 1)
+    check_gpu_memory(SYNTHIA, 4096, gpus(16), 1, stages=2)
+    with pytest.raises(SetupError, match=r"1 GPU\(s\) in each of 2 stages have 19\.6 GiB .* fp8"):
+        check_gpu_memory(SYNTHIA, 4096, gpus(12), 1, stages=2)
+
+
+def test_the_smallest_of_the_gpus_that_share_a_layer_decides() -> None:
+    check_gpu_memory(SYNTHIA, 4096, gpus(16, 16), 2)
+    with pytest.raises(SetupError, match="fit"):
+        check_gpu_memory(SYNTHIA, 4096, gpus(80, 8), 2)

@@ -1,9 +1,23 @@
-"""Times of requests that the engine never ran."""
+"""What our logger adds to vLLM's, and what it mends."""
 
+from types import SimpleNamespace
+
+from prometheus_client import REGISTRY
+from vllm.config import VllmConfig
 from vllm.v1.engine import FinishReason
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
-from synthia_vllm.engine.stat_logger import never_scheduled_waited_only
+from synthia_vllm.engine.stat_logger import StatLogger, never_scheduled_waited_only
+
+
+def test_the_engine_tells_how_many_requests_it_runs_at_once() -> None:
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(served_model_name="told", max_model_len=128, is_diffusion=False)
+    for most in (7, 8):  # a second engine in the same process
+        config.scheduler_config.max_num_seqs = most
+        StatLogger(config)
+        labels = {"model_name": "told", "engine": "0"}
+        assert REGISTRY.get_sample_value("synthia_max_num_seqs", labels) == most
 
 
 def test_a_request_that_was_never_scheduled_only_waited() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +54,8 @@ async def ask(
     leave: asyncio.Event | None = None,
 ) -> Answer:
     """Any request."""
-    answer, began = Answer(), time.perf_counter()
+    clock = asyncio.get_running_loop().time
+    answer, began = Answer(), clock()
     pending = [body]
     leaving = leave or asyncio.Event()
 
@@ -76,7 +76,7 @@ async def ask(
         answer.body += found
         if tokens := found.count(b'"text":'):
             if answer.first_token_s is None:
-                answer.first_token_s = time.perf_counter() - began
+                answer.first_token_s = clock() - began
             answer.tokens += tokens
             for _ in range(tokens if on_token else 0):
                 on_token()  # type: ignore[misc]

@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from benchmarks.null_port import NullEnginePort
 from synthia_vllm.cli.keys import list_keys
+from synthia_vllm.gateway.accounts import Account, UserLimits
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import Settings
 
@@ -18,8 +20,9 @@ from synthia_vllm.settings import Settings
 class Operator:
     """Asks with an admin's key."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, engine: NullEnginePort) -> None:
         self.gateway = gateway
+        self.engine = engine
         self._key = gateway.keys.create("ops", admin=True)[1]
 
     async def ask(self, method: str, path: str, content: str | bytes | None = None, **given: Any) -> httpx.Response:
@@ -35,8 +38,9 @@ class Operator:
 @pytest.fixture
 async def operator(tmp_path: Path) -> AsyncIterator[Operator]:
     access = {"mode": "keys", "database": f"sqlite:///{tmp_path}/keys.db", "secret": "x" * 32}
-    async with Gateway(NullEnginePort(), Settings(access=access, log={"requests": False})) as gateway:  # type: ignore[arg-type]
-        yield Operator(gateway)
+    engine = NullEnginePort()
+    async with Gateway(engine, Settings(access=access, log={"requests": False})) as gateway:  # type: ignore[arg-type]
+        yield Operator(gateway, engine)
 
 
 @pytest.fixture
@@ -172,6 +176,91 @@ async def test_a_body_that_is_no_object_is_a_400(operator: Operator, body: bytes
     reply = await operator.ask("POST", "/admin/keys", body)
     assert reply.status_code == 400
     assert error(reply)["message"]
+
+
+ROUTES = [
+    ("GET", "/admin/state", 200),
+    ("GET", "/admin/live", 200),
+    ("GET", "/admin/openapi.json", 200),
+    ("GET", "/admin/keys", 503),
+    ("POST", "/admin/keys", 503),
+    ("POST", "/admin/keys/abcdefgh/rotate", 503),
+    ("DELETE", "/admin/keys/abcdefgh", 503),
+    ("GET", "/admin/users", 503),
+    ("GET", "/admin/usage", 503),
+    ("GET", "/admin/usage?by=day&since=2027-01-01", 503),
+]
+
+
+async def known(key: str) -> Account:
+    """The admin's key is remembered."""
+    return Account("ops", admin=True)
+
+
+def lost(*_: Any) -> None:
+    """As a driver tells that nobody answers."""
+    raise OperationalError("SELECT", None, OSError("connection refused"))
+
+
+@pytest.mark.parametrize(("method", "path", "status"), ROUTES)
+async def test_a_lost_database_is_a_503_that_says_when_to_come_back(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, method: str, path: str, status: int
+) -> None:
+    monkeypatch.setattr(operator.gateway.access, "lookup", known)
+    monkeypatch.setattr(operator.gateway.keys.engine, "connect", lost)
+    reply = await operator.ask(method, path, '{"user": "bob"}' if path == "/admin/keys" else None)
+    assert reply.status_code == status
+    if status == 503:
+        assert error(reply)["code"] == "overloaded"
+        assert reply.headers["retry-after"] == "5"
+
+
+async def test_a_months_limit_that_can_not_be_looked_up_is_a_503_too(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited = Account("bob", limits=UserLimits(tokens_per_month=1000))
+
+    async def known(key: str) -> Account:
+        return limited
+
+    monkeypatch.setattr(operator.gateway.access, "lookup", known)
+    body = json.dumps({"prompt": "Hello", "max_tokens": 5})
+    with monkeypatch.context() as patched:
+        patched.setattr(operator.gateway.keys.engine, "connect", lost)
+        reply = await operator.ask("POST", "/v1/completions", body)
+    assert (reply.status_code, reply.headers["retry-after"], error(reply)["code"]) == (503, "5", "overloaded")
+    assert (await operator.ask("POST", "/v1/completions", body)).status_code == 200
+
+
+async def test_every_route_of_the_admin_is_tried_with_a_lost_database(operator: Operator) -> None:
+    paths = (await operator.ask("GET", "/admin/openapi.json")).json()["paths"]
+    known = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    tried = {(method, path.partition("?")[0].replace("abcdefgh", "{key_id}")) for method, path, _ in ROUTES}
+    assert known == tried - {("GET", "/admin/openapi.json")}
+
+
+@pytest.mark.parametrize(
+    ("models", "warning"),
+    [
+        (None, None),
+        (["null", "synthia"], None),
+        (["synthia", "nope"], "not served now: nope; the models are null, synthia, synthia-tot"),
+    ],
+)
+async def test_a_key_for_a_model_that_is_not_there_yet_is_made_with_a_warning(
+    operator: Operator, models: list[str] | None, warning: str | None
+) -> None:
+    reply = await operator.new_key(models=models)
+    assert reply.status_code == 201
+    assert reply.json().get("warning") == warning
+    (user,) = (row for row in (await operator.ask("GET", "/admin/users")).json() if row["name"] == "bob")
+    assert user["models"] == models
+
+
+async def test_a_key_is_made_without_a_warning_where_no_engine_tells_its_models(operator: Operator) -> None:
+    operator.engine.faults.change({"dead": True})
+    reply = await operator.new_key(models=["nope"])
+    assert (reply.status_code, reply.json().keys()) == (201, {"id", "key"})
 
 
 async def test_what_breaks_is_told_in_our_form(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """What the API routes share: the model that is asked for, what goes to the engine, and whose event loop it is."""
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -14,15 +15,17 @@ from benchmarks.null_faults import Faults
 from benchmarks.null_port import NullEnginePort
 from benchmarks.null_tokens import prompt_ids
 from synthia_vllm.errors import RequestError
+from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.apis import Apis
+from synthia_vllm.gateway.app import METHODS
+from synthia_vllm.gateway.edge.routes import Routes
 from synthia_vllm.gateway.meter import Meter
-from synthia_vllm.gateway.request import Exchange
 from synthia_vllm.gateway.sequences import Sequences
 from synthia_vllm.prompt import STOP_STRINGS
 from synthia_vllm.settings import PromptSettings
 from tests.api.official import strictly
-from tests.gateway.asgi import Answer, post
+from tests.gateway.asgi import Answer, ask, post
 from tests.gateway.stack import Stack
 from tests.gateway.whole import BODIES, CHAT, COMPLETIONS, GENERATING, LENGTH, MESSAGES, RESPONSES
 
@@ -171,6 +174,8 @@ REFUSED_BY_XGRAMMAR = (
         (CHAT, {"response_format": {"type": "text"}, "structured_outputs": {"json": SCHEMA}}, "structured_outputs"),
         (COMPLETIONS, {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, "output_config.format"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}}, "text.format"),
+        (RESPONSES, {"text": {"format": {"type": "json_object"}}}, "text.format"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("engines", [None, "structured_outputs", "response_format.json_schema"])
@@ -192,11 +197,27 @@ async def test_what_the_engine_refuses_for_another_reason_keeps_its_field() -> N
     assert (told.status, told.json()["error"]["param"], told.json()["error"]["message"]) == (400, "prompt", "too long")
 
 
-async def test_a_schema_that_is_refused_here_names_the_clients_field() -> None:
-    output = {"format": {"type": "json_schema", "schema": {"not": {}}}}
-    told = await send(Stack(NullEnginePort()), MESSAGES, {**BODIES[MESSAGES], "output_config": output})
+@pytest.mark.parametrize(
+    "schema",
+    [{"not": {}}, {"const": 10**30}, {"description": "x" * 300_000}, json.loads('{"items":' * 70 + "{}" + "}" * 70)],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES, RESPONSES])
+async def test_a_schema_that_is_refused_here_names_the_clients_field(path: str, schema: dict[str, Any]) -> None:
+    wanted, field = {
+        MESSAGES: ({"output_config": {"format": {"type": "json_schema", "schema": schema}}}, "output_config.format"),
+        RESPONSES: ({"text": {"format": {"type": "json_schema", "name": "a", "schema": schema}}}, "text.format"),
+    }.get(
+        path,
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}},
+            "response_format",
+        ),
+    )
+    told = await send(Stack(NullEnginePort()), path, {**BODIES[path], **wanted})
     assert told.status == 400
-    assert told.json()["error"]["message"].startswith("output_config.format: the keyword not ")
+    error = told.json()["error"]
+    assert error["message"].startswith(field)
+    assert error.get("param") == (None if path == MESSAGES else field)
 
 
 @pytest.mark.parametrize(
@@ -216,24 +237,18 @@ async def test_a_queue_timeout_is_a_number_of_seconds(given: str, seconds: float
     assert request.queue_timeout == seconds
 
 
-def models_client(engine: NullEnginePort, account: Account) -> anthropic.Anthropic:
-    """Anthropic's own, which asks the APIs as a user that is known already."""
-    apis = Apis(engine, Sequences(Meter(engine)), PromptSettings())
+def models_client(engine: NullEnginePort, account: Account | None) -> anthropic.Anthropic:
+    """Anthropic's own, with a key that is this account's; None: that opens nothing."""
+
+    async def lookup(key: str) -> Account | None:
+        return account
+
+    access = Access(Apis(engine, Sequences(Meter(engine)), PromptSettings()), lookup=lookup, keys_required=True)
+    app = Routes(access, methods=METHODS)
 
     def answer(request: httpx2.Request) -> httpx2.Response:
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        async def receive() -> Any:
-            raise AssertionError
-
-        headers = {name.lower(): value for name, value in request.headers.raw}
-        exchange = Exchange("1", "1", request.url.path, "GET", account)
-        assert asyncio.run(apis.answer(exchange, headers, receive, send))
-        start, body = sent
-        return httpx2.Response(start["status"], headers=start["headers"], content=body["body"])
+        told = asyncio.run(ask(app, request.method, request.url.path, headers=dict(request.headers)))
+        return httpx2.Response(told.status, headers=list(told.headers.items()), content=told.body)
 
     http: Any = httpx2.Client(transport=httpx2.MockTransport(answer))
     return anthropic.Anthropic(api_key="none", base_url="http://gateway", max_retries=0, http_client=http)
@@ -269,3 +284,28 @@ def test_anthropics_client_reads_what_is_wrong_with_a_model() -> None:
     with pytest.raises(anthropic.InternalServerError) as lost:
         models_client(NullEnginePort(faults=Faults(dead=True)), Account("ann")).models.list()
     assert strictly(ErrorResponse, lost.value.body).error.type == "api_error"
+
+
+@pytest.mark.parametrize(
+    ("account", "kind", "name"),
+    [
+        (None, anthropic.AuthenticationError, "authentication_error"),
+        (Account("root", admin=True), anthropic.PermissionDeniedError, "permission_error"),
+    ],
+)
+def test_anthropics_client_reads_why_its_key_opens_no_models(
+    account: Account | None, kind: type[anthropic.APIStatusError], name: str
+) -> None:
+    client = models_client(NullEnginePort(), account)
+    for asked in (client.models.list, lambda: client.models.retrieve("synthia")):
+        with pytest.raises(kind) as refused:
+            asked()
+        told = strictly(ErrorResponse, refused.value.body)
+        assert (told.type, told.error.type) == ("error", name)
+
+
+def test_anthropics_client_reads_that_models_are_not_deleted() -> None:
+    with pytest.raises(anthropic.APIStatusError) as refused:
+        models_client(NullEnginePort(), Account("ann")).delete("/v1/models/synthia", cast_to=object)
+    assert refused.value.status_code == 405
+    assert strictly(ErrorResponse, refused.value.body).error.type == "invalid_request_error"

@@ -54,6 +54,44 @@ class Told(Observer):
         self.sent_ones.append((chunks, tokens))
 
 
+class Ahead:
+    """An engine that generates while nobody takes its tokens, as vLLM does, and hands them over when it is left."""
+
+    def __init__(self, turns: int) -> None:
+        self.generated = 0
+        self._turns = turns  # of the loop, a token
+
+    async def generate(self, generation: Generation) -> AsyncGenerator[Delta, None]:
+        held: list[int] = []
+        ready = asyncio.Event()
+        work = asyncio.create_task(self._work(held, ready))
+        try:
+            while True:
+                await ready.wait()
+                ready.clear()
+                yield _taken(held)
+        except asyncio.CancelledError:
+            if held:
+                yield _taken(held)
+            raise
+        finally:
+            work.cancel()
+
+    async def _work(self, held: list[int], ready: asyncio.Event) -> None:
+        while True:
+            for _ in range(self._turns):
+                await asyncio.sleep(0)
+            self.generated += 1
+            held.append(self.generated)
+            ready.set()
+
+
+def _taken(held: list[int]) -> Delta:
+    ids = tuple(held)
+    held.clear()
+    return Delta(ids, "a" * len(ids))
+
+
 class InPieces(PlainReply):
     def end(self, counts: Counts) -> list[bytes]:
         whole = super().end(counts)
@@ -156,6 +194,21 @@ async def test_the_engine_stops_at_once_for_a_client_that_leaves(streamed: bool)
         await task
     assert (engine.running, engine.aborted) == (0, 1)
     assert exchange.usage.billed_generated == engine.generated > 0
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 5])
+@pytest.mark.parametrize("replies", [1, 3])
+async def test_what_the_engine_was_ahead_when_a_client_left_is_billed(replies: int, turns: int) -> None:
+    for leaves_after in range(10, 30):
+        engine, client = Ahead(turns), Client()
+        made, exchange = delivery(make_request(most=1000, replies=replies), engine)
+        task = asyncio.create_task(made.run(client.receive, client.send))
+        for _ in range(leaves_after):
+            await asyncio.sleep(0)
+        client.leaves.set()
+        with pytest.raises(ClientLeft):
+            await task
+        assert exchange.usage.billed_generated == engine.generated > 0
 
 
 async def test_a_client_that_does_not_read_holds_no_place_in_the_engine(unbounded: bool) -> None:

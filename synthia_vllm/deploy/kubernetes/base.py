@@ -25,13 +25,13 @@ def service_account() -> Object:
 
 
 def gateway_service(settings: Settings) -> Object:
-    """Where clients go: only pods whose /ready is 200."""
+    """Where clients go: pods whose /ready is 200, and the head where there may be no other."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": pod.meta("synthia-gateway", "gateway"),
         "spec": {
-            "selector": pod.labels("engine"),
+            "selector": pod.labels() | pod.TAKES_CLIENTS,
             "ports": [{"name": "http", "port": 80, "targetPort": settings.port, "protocol": "TCP"}],
         },
     }

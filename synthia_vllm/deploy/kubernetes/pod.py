@@ -14,6 +14,10 @@ SECRETS_FOLDER, MODELS_FOLDER = "/run/secrets/synthia", "/models"
 Object = dict[str, Any]
 
 
+# Pods that clients are sent to, once they are ready.
+TAKES_CLIENTS = {"synthia-vllm/takes-clients": "true"}
+
+
 def meta(name: str, component: str | None = None, **more: Any) -> Object:
     return {"name": name, "labels": labels(component), **more}
 

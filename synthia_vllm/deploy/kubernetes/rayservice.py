@@ -2,8 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from synthia_vllm.cluster.config import ray_environment, serve_config
-from synthia_vllm.deploy.common import image
+from synthia_vllm.cluster.config import ray_environment, scales_to_zero, serve_config
+from synthia_vllm.deploy.common import image, in_cluster
 from synthia_vllm.deploy.files import to_yaml
 from synthia_vllm.deploy.kubernetes import pod
 from synthia_vllm.deploy.kubernetes.pod import Object
@@ -12,6 +12,7 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
 
 SERVE_LABEL = {"ray.io/cluster-owner": "synthia"}
+GCS_PASSWORD = "gcs_redis"  # in the Secret of all other secrets; none where Redis asks for none
 _AGENT_PORT = 52365  # Ray's agent, which knows whether this node's raylet lives
 _STORE = {"object-store-memory": str(128 * 2**20)}  # nothing large goes through Ray; /dev/shm is for vLLM's workers
 _START_S = 1800  # weights come from a volume and are compiled for
@@ -36,6 +37,7 @@ def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> 
                 "rayVersion": _ray_version(),
                 # All who speak to Ray's ports show a token, which KubeRay makes and keeps in a Secret.
                 "authOptions": {"mode": "token"},
+                **_fault_tolerance(settings),
                 **_autoscaler(settings),
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0", "num-gpus": "0", "dashboard-host": "0.0.0.0", **_STORE},
@@ -56,8 +58,7 @@ def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> 
 
 def in_pod(settings: Settings, sizing: Sizing) -> Settings:
     """The settings as they hold inside of the pods."""
-    told = {"model": pod.model_folder(sizing), "host": "0.0.0.0"}
-    return settings.model_copy(update=told, deep=True)
+    return in_cluster(settings, model=pod.model_folder(sizing), gpus=sizing.gpus)
 
 
 def _workers(settings: Settings) -> Object:
@@ -80,6 +81,14 @@ def _autoscaler(settings: Settings) -> Object:
     return {"enableInTreeAutoscaling": True, "autoscalerOptions": options}
 
 
+def _fault_tolerance(settings: Settings) -> Object:
+    """With what the GCS knows kept in Redis, a head that is lost comes back to the same cluster."""
+    if settings.deploy.gcs_redis is None:
+        return {}
+    password = {"valueFrom": {"secretKeyRef": {"name": pod.SECRET, "key": GCS_PASSWORD, "optional": True}}}
+    return {"gcsFaultToleranceOptions": {"redisAddress": settings.deploy.gcs_redis, "redisPassword": password}}
+
+
 def _head(settings: Settings, sizing: Sizing) -> Object:
     memory = {"cpu": "1", "memory": "4Gi"}
     container = _container("ray-head", settings, sizing) | {
@@ -94,7 +103,8 @@ def _head(settings: Settings, sizing: Sizing) -> Object:
         "readinessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=5, failures=3),
         "livenessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=10, failures=12),
     }
-    return _template(container, "head", settings, sizing)
+    takes_clients = pod.TAKES_CLIENTS if scales_to_zero(settings.cluster) else {}
+    return _template(container, "head", settings, sizing, labels=takes_clients)
 
 
 def _worker(settings: Settings, sizing: Sizing) -> Object:
@@ -102,13 +112,13 @@ def _worker(settings: Settings, sizing: Sizing) -> Object:
         "ports": [{"name": "serve", "containerPort": settings.port}],
         "resources": pod.resources(settings, sizing),
         "startupProbe": pod.http_probe("/api/local_raylet_healthz", _AGENT_PORT, period=5, failures=_START_S // 5),
-        # Clients are sent where HAProxy reaches a gateway whose engines generate.
+        # Clients are sent where HAProxy reaches a gateway whose engines generate, or that wakes one.
         "readinessProbe": pod.http_probe("/ready", "serve", period=5, failures=3, timeout=10),
         # Serve heals replicas by itself; the pod is only restarted with its raylet.
         "livenessProbe": pod.http_probe("/api/local_raylet_healthz", _AGENT_PORT, period=10, failures=12),
         "lifecycle": pod.drain_hook(settings, settings.cluster.drain_s),
     }
-    return _template(container, "engine", settings, sizing)
+    return _template(container, "engine", settings, sizing, labels=pod.TAKES_CLIENTS)
 
 
 def _container(name: str, settings: Settings, sizing: Sizing) -> Object:
@@ -122,16 +132,16 @@ def _container(name: str, settings: Settings, sizing: Sizing) -> Object:
     }
 
 
-def _template(container: Object, component: str, settings: Settings, sizing: Sizing) -> Object:
-    labels = pod.labels(component)
+def _template(container: Object, component: str, settings: Settings, sizing: Sizing, *, labels: Object) -> Object:
+    selector = pod.labels(component)
     return {
-        "metadata": {"labels": labels},
+        "metadata": {"labels": selector | labels},
         "spec": {
             "serviceAccountName": pod.NAME,
             "automountServiceAccountToken": component == "head" and settings.cluster.max_replicas is not None,
             "terminationGracePeriodSeconds": sizing.grace_s,
             "securityContext": pod.pod_security(),
-            "topologySpreadConstraints": pod.spread(labels),
+            "topologySpreadConstraints": pod.spread(selector),
             "containers": [container],
             "volumes": pod.volumes(sizing),
         },

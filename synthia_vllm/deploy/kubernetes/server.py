@@ -57,7 +57,7 @@ def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> O
             "progressDeadlineSeconds": _START_S + 60,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": _rolling(settings)},
             "template": {
-                "metadata": {"labels": labels},
+                "metadata": {"labels": labels | pod.TAKES_CLIENTS},
                 "spec": {
                     "serviceAccountName": pod.NAME,
                     "automountServiceAccountToken": False,

@@ -33,7 +33,8 @@ class Cycle(RequestResponseCycle):
             self._continue(message.get("body", b""), message.get("more_body", False))
 
     async def send_500_response(self) -> None:
-        await send_error(SynthiaError(), self._send_and_close, form=form_of(self.scope["path"]))
+        form = form_of(self.scope["path"], dict(self.scope["headers"]))
+        await send_error(SynthiaError(), self._send_and_close, form=form)
 
     async def _send_and_close(self, message: Any) -> None:
         self.keep_alive = False

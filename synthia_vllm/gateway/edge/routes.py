@@ -65,7 +65,7 @@ class Routes:
             await self._answer(scope, receive, reply)
         except Exception:
             if not reply.started:  # the protocol would answer as well, but without CORS
-                await send_error(SynthiaError(), reply, form=form_of(scope["path"]))
+                await send_error(SynthiaError(), reply, form=form_of(scope["path"], dict(scope["headers"])))
             raise
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +76,7 @@ class Routes:
         if allowed is None or method not in allowed:
             error = NotFound(path) if allowed is None else MethodNotAllowed(path, allowed)
             _, told = request_ids(header(scope, b"x-request-id"))
-            return await send_error(error, send, form=form_of(path), request_id=told)
+            return await send_error(error, send, form=form_of(path, dict(scope["headers"])), request_id=told)
         if path == "/" and self.page is not None:
             return await self.page(scope, receive, send)
         return await self.app(scope, receive, send)

@@ -4,7 +4,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +29,14 @@ def read_all(connection: socket.socket) -> bytes:
     while part := connection.recv(2**20):
         found += part
     return found
+
+
+def until(holds: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError
 
 
 def served() -> list[str]:
@@ -226,6 +234,15 @@ def test_a_client_that_pipelines_and_leaves_is_noticed(port: int) -> None:
     time.sleep(0.3)
     assert "first" in app.disconnected
     assert "/never" not in served()
+
+
+def test_a_client_that_shuts_its_sending_side_has_left(port: int) -> None:
+    """Half-close: no socket tells a client that reads on from one that is gone."""
+    with socket.create_connection(("127.0.0.1", port), 5) as connection:
+        connection.sendall(b"GET /wait?half HTTP/1.1\r\nhost: x\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        assert read_all(connection) == b""
+    until(lambda: "half" in app.disconnected)
 
 
 def test_many_pipelined_requests_are_answered_in_order(port: int) -> None:

@@ -1,0 +1,152 @@
+"""Ray's head is lost: two real nodes on this machine, a Redis, and a light application on the one that stays."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from synthia_vllm.cluster.config import ray_environment
+from synthia_vllm.cluster.local import free_ports
+from synthia_vllm.cluster.rest import ServeApi
+from synthia_vllm.errors import SetupError
+from synthia_vllm.settings import DeploySettings, Settings
+from tests.redis_service import RedisServer
+from tests.running import until
+
+pytestmark = pytest.mark.e2e
+_REPOSITORY = Path(__file__).parents[2]
+_MARK = "SYNTHIA_TEST_NODE"
+# Ray takes two nodes of one machine for one cluster that runs already.
+_START = "import ray._private.services as s; s.find_gcs_addresses = set; from ray.scripts.scripts import main; main()"
+_APPLICATION = {
+    "name": "slow",
+    "route_prefix": "/",
+    "import_path": "tests.cluster.slow_app:app",
+    "deployments": [{"name": "Slow", "ray_actor_options": {"num_cpus": 0, "resources": {"staying": 0.01}}}],
+}
+
+
+class Nodes:
+    """Two Ray nodes, `head` and `staying`, whose processes are known by their environment."""
+
+    def __init__(self, folder: Path, redis: RedisServer) -> None:
+        self._folder = folder
+        self._redis = redis
+        self.port, self._gcs, self._dashboard, *self._others = free_ports(16)
+        self.api = ServeApi(f"127.0.0.1:{self._dashboard}")
+
+    def start_head(self) -> None:
+        ports = {"": self._gcs, "dashboard-": self._dashboard, "ray-client-server-": self._others[10]}
+        words = [f"--{name}port={port}" for name, port in ports.items()]
+        self._start("head", 0, "--head", "--num-cpus=1", f"--temp-dir={self._folder / 'r'}", *words)
+
+    def start_staying(self) -> None:
+        self._start("staying", 1, f"--address=127.0.0.1:{self._gcs}", "--num-cpus=1", '--resources={"staying": 1}')
+
+    def kill(self, node: str) -> None:
+        mine = [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self._mark(node)]
+        for process in mine:
+            process.kill()
+        psutil.wait_procs(mine, timeout=10)
+
+    def replicas(self) -> list[int]:
+        """Process ids of the application's replicas that run; none while nobody tells."""
+        try:
+            application: dict[str, Any] = self.api.details()["applications"]["slow"]
+        except (SetupError, KeyError):
+            return []
+        (deployment,) = application["deployments"].values()
+        return [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
+
+    def answers(self) -> bool:
+        return httpx.get(f"http://127.0.0.1:{self.port}/", params={"seconds": 0}, timeout=5).status_code == 200
+
+    def _mark(self, node: str) -> str:
+        return f"{self._folder}/{node}"
+
+    def _start(self, node: str, number: int, *words: str) -> None:
+        folder = self._folder / node
+        folder.mkdir(exist_ok=True)
+        ports = self._others[4 * number : 4 * number + 4]
+        names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT")
+        durable = Settings(model="demo", deploy=DeploySettings(gcs_redis=f"127.0.0.1:{self._redis.port}"))
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SYNTHIA_"))},
+            **ray_environment(durable),
+            _MARK: self._mark(node),
+            "PYTHONPATH": str(_REPOSITORY),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # several nodes on the loopback address
+            "RAY_REDIS_ADDRESS": f"127.0.0.1:{self._redis.port}",
+            "RAY_external_storage_namespace": folder.parent.name,
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            **{f"RAY_SERVE_{name}": str(port) for name, port in zip(names, ports, strict=True)},
+        }
+        command = [
+            sys.executable,
+            "-c",
+            _START,
+            "start",
+            "--node-ip-address=127.0.0.1",
+            "--disable-usage-stats",
+            *words,
+        ]
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={80 * 2**20}"]
+        command += [f"--dashboard-agent-listen-port={self._others[8 + number]}", "--include-log-monitor=false"]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False, start_new_session=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def nodes(redis_server: RedisServer) -> Iterator[Nodes]:
+    with TemporaryDirectory(prefix="synthia-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # Ray wants it short
+        found = Nodes(Path(folder), redis_server)
+        try:
+            found.start_head()
+            found.start_staying()
+            yield found
+        finally:
+            found.kill("staying")
+            found.kill("head")
+
+
+def test_a_head_that_is_lost_finds_its_replicas_again(nodes: Nodes) -> None:
+    nodes.api.deploy(
+        {"http_options": {"host": "127.0.0.1", "port": nodes.port}, "applications": [_APPLICATION]},
+    )
+    until(nodes.answers, "the application answers", 120, pause=1)
+    (pid,) = nodes.replicas()
+    nodes.kill("head")
+    assert _serves(pid), "its node has nobody to ask, and needs nobody"
+    nodes.start_head()
+    until(nodes.answers, "HAProxy lets clients in again", 120, pause=1)
+    until(lambda: nodes.replicas() == [pid], "the controller has found the same replica", 60, pause=1)
+
+
+def _serves(pid: int) -> bool:
+    (port,) = {
+        one.laddr.port
+        for one in psutil.Process(pid).net_connections("tcp")
+        if one.status == psutil.CONN_LISTEN and 30000 <= one.laddr.port < 31000
+    }
+    return httpx.get(f"http://127.0.0.1:{port}/", params={"seconds": 0}, timeout=5).status_code == 200
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
+    except (psutil.Error, OSError):
+        return {}
