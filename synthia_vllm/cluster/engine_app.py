@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.llm import LLMConfig, build_openai_app
+from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from synthia_vllm.cluster.planning import as_asked, plan_on_any
@@ -39,7 +40,8 @@ def build_engine(settings: Settings, vllm_options: Sequence[str]) -> Application
     kwargs = engine_kwargs(plan.arguments)
     keeps_cache = any(option.startswith("--kv-cache-memory-bytes") for option in vllm_options)
     config = llm_config(settings, machines[0], plan, kwargs, keeps_cache=keeps_cache)
-    return build_openai_app({"llm_configs": [config]})
+    # As `build_openai_app` builds it for direct streaming, but for the LLMRouter beside it: gateways choose replicas.
+    return build_llm_deployment(config, deployment_cls=serve.ingress()(Engine))
 
 
 def engine_machines(settings: Settings, wait_s: float = _NODE_WAIT_S) -> list[Machine]:
