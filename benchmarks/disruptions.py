@@ -43,6 +43,7 @@ _WORDS = ("--engine.max-model-len", "2048", "--engine.kv-cache-gib", "1", "--eng
 _REPLY_S, _UNDISTURBED_S, _AROUND_S = 10.0, 30.0, 3.0
 _CROWD = 24
 _AT_ONCE = 16  # requests that an engine runs at once, in the overload
+_PATIENT = ("--fair.max-wait-s", "600")  # who waits a minute for a turn is refused else
 _NO_CANARIES = ("--cluster.canary-period-s", "3600", "--timeouts.upstream-read", "4000")
 _STOP_AFTER_S = 10.0
 _LEAST_RATIO = 0.95
@@ -191,7 +192,7 @@ async def _crowd(clients: Clients) -> list[Request]:
 
 
 async def _up_for_overload(cluster: Cluster, *words: str) -> None:
-    await cluster.up("--gateways", "2", *words, vllm=("--max-num-seqs", str(_AT_ONCE)))
+    await cluster.up("--gateways", "2", *_PATIENT, *words, vllm=("--max-num-seqs", str(_AT_ONCE)))
     await cluster.whole(_REPLICAS)
 
 

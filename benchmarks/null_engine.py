@@ -56,6 +56,7 @@ class NullEngine:
     prefill_tokens_per_second   or in steps, by the prompts' lengths (`null_queue`)
     max_num_seqs        requests at once, the others wait in order of arrival, as in vLLM
     blocks              of the KV cache, of 16 tokens; requests wait for them only with `max_num_seqs`
+    tell_max_num_seqs   in `/metrics`, as our own engines do; others than ours don't
     early_headers       a stream's headers are sent when it comes, as vLLM does, and not with its first token
     text                what each token says that is not numbered
     numbered            all tokens are numbered, also for who asks for no ids
@@ -77,6 +78,7 @@ class NullEngine:
         max_num_seqs: int | None = None,
         blocks: int = 4096,
         early_headers: bool = False,
+        tell_max_num_seqs: bool = True,
         text: str = " word",
         numbered: bool = False,
         max_model_len: int = 1 << 17,
@@ -105,7 +107,7 @@ class NullEngine:
             stuck=lambda: self.faults.stuck,
         )
         self._seeds: dict[Seat, int | None] = {}  # of the replies under way
-        self._metrics = Metrics(self._queue, self.faults, max_num_seqs)
+        self._metrics = Metrics(self._queue, self.faults, max_num_seqs if tell_max_num_seqs else None)
         self._numbered = numbered
         self._told = Told(text, max_model_len, reply_tokens, cached)
         self._generate_route = generate_route
@@ -235,7 +237,7 @@ class NullEngine:
                 await self._stream(reply, seat, gone, send)
             else:
                 await self._whole(reply, seat, gone, send)
-            self._metrics.observe("request_prefill_time", max(0.0, seat.computed_at - seat.began))
+            self._metrics.ended(seat.prompt, max(0.0, seat.computed_at - seat.began))
         finally:
             self._queue.leave(seat)
             self._seeds.pop(seat)
@@ -366,6 +368,12 @@ _SSE_HELP = "A fault: how else streams of /v1/completions are written. html and 
 @click.option("--prefill-tokens-per-second", type=float, help="Prefill by the prompts' lengths instead, in steps.")
 @click.option("--max-num-seqs", type=int, help="Requests at once; the others wait in order of arrival.")
 @click.option("--num-gpu-blocks", "blocks", type=int, default=4096, show_default=True, help="KV cache, of 16 tokens.")
+@click.option(
+    "--tell-max-num-seqs/--no-tell-max-num-seqs",
+    default=True,
+    show_default=True,
+    help="Whether /metrics tells it, as our engines' does and plain vLLM's doesn't.",
+)
 @click.option("--early-headers", is_flag=True, help="A stream's headers come before its turn, as vLLM sends them.")
 @click.option("--max-model-len", type=int, default=1 << 17, show_default=True, help="Tokens of prompt and reply.")
 @click.option("--reply-tokens", type=int, help="EOS comes after so many tokens of a reply (default: never).")
@@ -401,6 +409,7 @@ def main(
     max_num_seqs: int | None,
     blocks: int,
     early_headers: bool,
+    tell_max_num_seqs: bool,
     max_model_len: int,
     reply_tokens: int | None,
     cached: int | None,
@@ -434,6 +443,7 @@ def main(
         max_num_seqs=max_num_seqs,
         blocks=blocks,
         early_headers=early_headers,
+        tell_max_num_seqs=tell_max_num_seqs,
         max_model_len=max_model_len,
         reply_tokens=reply_tokens,
         cached=cached,

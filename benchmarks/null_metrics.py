@@ -35,10 +35,18 @@ class Metrics:
             )
             for name in _TIMES
         }
+        self._prompts = Histogram(
+            "vllm:request_prompt_tokens", "As vLLM names it.", ["engine", "model_name"], registry=self._registry
+        )
         self._still: tuple[float, ...] | None = None  # counters, while they stand still
 
     def observe(self, name: str, seconds: float) -> None:
         self._times[name].labels("0", "null").observe(seconds)
+
+    def ended(self, prompt: int, prefill_s: float) -> None:
+        """Counts a request at its end: vLLM adds what its prompt took, and how long that was, only then."""
+        self._prompts.labels("0", "null").observe(prompt)
+        self.observe("request_prefill_time", prefill_s)
 
     async def tell(self, send: Send) -> None:
         while self._faults.metrics == "hang":

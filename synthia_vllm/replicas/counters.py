@@ -8,14 +8,23 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 _RUNNING, _WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
-_GENERATED, _PROMPT, _PREFILL_S = (
-    "vllm:generation_tokens_total",
-    "vllm:prompt_tokens_total",
-    "vllm:request_prefill_time_seconds_sum",
-)
+_GENERATED, _PROMPT = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
+# Both are told when a request ends.
+_ENDED_PROMPT, _ENDED_PREFILL_S = "vllm:request_prompt_tokens_sum", "vllm:request_prefill_time_seconds_sum"
 _CACHE_USAGE, _CACHE_CONFIG = "vllm:kv_cache_usage_perc", "vllm:cache_config_info"
-_MAX_REQUESTS = "synthia_max_num_seqs"  # our engines tell it (`synthia_vllm.engine.stat_logger`), plain vLLM does not
-_READ = {_RUNNING, _WAITING, _GENERATED, _PROMPT, _PREFILL_S, _CACHE_USAGE, _MAX_REQUESTS}
+# Our engines tell these (`synthia_vllm.engine.stat_logger`), plain vLLM does not.
+_MAX_REQUESTS, _MAX_STEP = "synthia_max_num_seqs", "synthia_max_num_batched_tokens"
+_READ = {
+    _RUNNING,
+    _WAITING,
+    _GENERATED,
+    _PROMPT,
+    _ENDED_PROMPT,
+    _ENDED_PREFILL_S,
+    _CACHE_USAGE,
+    _MAX_REQUESTS,
+    _MAX_STEP,
+}
 _ENOUGH_TOKENS = 1000  # of prompts, that their time says how fast they are
 
 
@@ -29,6 +38,7 @@ class Counters(NamedTuple):
     prefill_rate: float | None = None  # prompt tokens a second; less than it can where several were computed together
     cache_tokens: int | None = None  # that its KV cache holds
     max_requests: int | None = None  # that it runs at once (`max_num_seqs`)
+    step_tokens: int | None = None  # that one step computes at most (`max_num_batched_tokens`)
 
 
 async def ask_counters(url: str, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> Counters | None:
@@ -57,13 +67,14 @@ def read_counters(page: str) -> Counters | None:
     cache = _cache_tokens("\n".join(config))
     if _RUNNING not in sums or _GENERATED not in sums:
         return None if cache is None else Counters(0, (), cache_tokens=cache)
-    prompt, seconds = sums[_PROMPT], sums[_PREFILL_S]
+    prompt, seconds = sums[_ENDED_PROMPT], sums[_ENDED_PREFILL_S]
     return Counters(
         requests=int(sums[_RUNNING] + sums[_WAITING]),
-        progress=(sums[_GENERATED], prompt, sums[_CACHE_USAGE]),
+        progress=(sums[_GENERATED], sums[_PROMPT], sums[_CACHE_USAGE]),
         prefill_rate=prompt / seconds if prompt >= _ENOUGH_TOKENS and seconds > 0 else None,
         cache_tokens=cache,
         max_requests=int(sums[_MAX_REQUESTS]) or None,
+        step_tokens=int(sums[_MAX_STEP]) or None,
     )
 
 

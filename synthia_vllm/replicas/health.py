@@ -3,9 +3,7 @@
 from synthia_vllm.replicas.counters import Counters
 
 # The longest time between two signs of progress is one step of the engine, and most of a step is prompts.
-_STEP_TOKENS = (
-    8192  # that one step computes of prompts at most: vLLM's `max_num_batched_tokens` on GPUs, less elsewhere
-)
+_STEP_TOKENS = 8192  # of an engine that does not tell: vLLM's `max_num_batched_tokens` on GPUs
 _SLOWEST_PREFILL = 100.0  # prompt tokens a second of an engine that has told nothing yet
 _MARGIN = 2.0  # a step may be so much slower than those before it were on average
 
@@ -64,7 +62,8 @@ class Health:
         counters = self.counters
         if counters is None or not self.tells:
             return self.patience + prompt_tokens / _SLOWEST_PREFILL
+        step = counters.step_tokens or _STEP_TOKENS
         if counters.requests > requests:
-            prompt_tokens = _STEP_TOKENS  # what others have asked for is not known
+            prompt_tokens = step  # what others have asked for is not known
         rate = max(_SLOWEST_PREFILL, (counters.prefill_rate or 0.0) / _MARGIN)
-        return self.patience + min(prompt_tokens, _STEP_TOKENS) / rate
+        return self.patience + min(prompt_tokens, step) / rate

@@ -10,14 +10,16 @@ from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 from synthia_vllm.engine.stat_logger import StatLogger, never_scheduled_waited_only
 
 
-def test_the_engine_tells_how_many_requests_it_runs_at_once() -> None:
+def test_the_engine_tells_how_much_it_runs_at_once() -> None:
     config = VllmConfig()
     config.model_config = SimpleNamespace(served_model_name="told", max_model_len=128, is_diffusion=False)
     for most in (7, 8):  # a second engine in the same process
         config.scheduler_config.max_num_seqs = most
+        config.scheduler_config.max_num_batched_tokens = 100 * most
         StatLogger(config)
         labels = {"model_name": "told", "engine": "0"}
         assert REGISTRY.get_sample_value("synthia_max_num_seqs", labels) == most
+        assert REGISTRY.get_sample_value("synthia_max_num_batched_tokens", labels) == 100 * most
 
 
 def test_a_request_that_was_never_scheduled_only_waited() -> None:

@@ -19,11 +19,13 @@ vllm:num_requests_running{engine="0",model_name="m"} 3.0
 vllm:num_requests_waiting{engine="0",model_name="m"} 2.0
 vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 2.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
-vllm:prompt_tokens_total{engine="0",model_name="m"} 2000.0
+vllm:prompt_tokens_total{engine="0",model_name="m"} 9000.0
 vllm:generation_tokens_total{engine="0",model_name="m"} 77.0
+vllm:request_prompt_tokens_sum{engine="0",model_name="m"} 2000.0
 vllm:request_prefill_time_seconds_sum{engine="0",model_name="m"} 4.0
 vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="100"} 1.0
 synthia_max_num_seqs{engine="0"} 64.0
+synthia_max_num_batched_tokens{engine="0"} 2048.0
 """
 
 
@@ -38,9 +40,9 @@ def replica(*prompts: int, tells: bool = True) -> Replica:
 
 
 def test_the_counters_of_a_page() -> None:
-    assert read_counters(PAGE) == Counters(5, (77.0, 2000.0, 0.25), 500.0, 1600, 64)
+    assert read_counters(PAGE) == Counters(5, (77.0, 9000.0, 0.25), 500.0, 1600, 64, 2048)
     second = PAGE.replace('engine="0"', 'engine="1"')
-    assert read_counters(PAGE + second) == Counters(10, (154.0, 4000.0, 0.5), 500.0, 3200, 128)
+    assert read_counters(PAGE + second) == Counters(10, (154.0, 18000.0, 0.5), 500.0, 3200, 128, 4096)
 
 
 @pytest.mark.parametrize("page", ["", "{}", "<html>", "vllm:num_requests_running 1", PAGE.replace("77.0", "many")])
@@ -91,6 +93,7 @@ def test_work_without_progress_is_a_hang_whatever_it_answers() -> None:
         ([500], Counters(1, (0.0,)), 5.0),  # 100 tokens a second, until it has told more
         ([500], Counters(1, (0.0,), prefill_rate=1000.0), 1.0),  # half of what it did before
         ([8000, 8000], Counters(2, (0.0,)), 81.92),  # a step has no more than 8,192 tokens
+        ([8000, 8000], Counters(2, (0.0,), step_tokens=2048), 20.48),  # or as it tells
         ([10], Counters(9, (0.0,)), 81.92),  # others ask it as well, and for what is not known
     ],
 )

@@ -105,12 +105,13 @@ class Scheduler:
             ticket.owed = self.counters.generated_cost * ticket.expected
             self._owed[ticket.user] = self._owed.get(ticket.user, 0.0) + ticket.owed
             self.counters.charge_prompt(ticket.user, ticket.weight, ticket.prompt)
-            self.rate.add(self.counters.prompt_cost * ticket.prompt)
             ticket.go()
         self.rate.waiting(bool(self._queues))
 
     def add_tokens(self, ticket: Ticket, count: int) -> None:
         """Charges tokens that the engine has just generated for a running request."""
+        if not ticket.generated and count:
+            self.rate.add(self.counters.prompt_cost * ticket.prompt)  # now it is computed: served is what is done
         ticket.generated += count
         self._pay(ticket, min(ticket.owed, self.counters.generated_cost * count))
         self.counters.charge_generated(ticket.user, ticket.weight, count)
