@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import httpx
 import pytest
 from rich.console import Console
 
@@ -47,8 +48,7 @@ def test_tools_agree_within_three_percent_and_to_the_token(other: Figures, fine:
 
 
 def test_the_servers_own_counter_is_read() -> None:
-    engine = NullEngine()
-    engine.generated = 77
-    with serving(engine) as port:
+    with serving(NullEngine()) as port:
+        httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"model": "null", "prompt": "hi", "max_tokens": 77})
         assert generated(Target(f"http://127.0.0.1:{port}", "null")) == 77
     assert generated(Target(f"http://127.0.0.1:{port}", "null")) is None
