@@ -270,19 +270,18 @@ class ReplicaPool:
 
     async def _judged(self, replica: Replica, ask: Callable[[Replica], Awaitable[None]], seconds: float = 0.0) -> None:
         """Asks a question. What becomes of it says how the replica is."""
-        began = self._loop.time()
         try:
             async with asyncio.timeout(seconds or self.settings.canary_deadline_s):
                 await ask(replica)
+        except TimeoutError:  # aiohttp's too, of a connection that does not come about
+            await asyncio.sleep(2 * _TICK_S)  # if it was this process that stood still, that is forgiven by now
+            if self._loop.time() - replica.health.answered_at >= replica.health.patience:
+                self._out(replica, "hung")
         except aiohttp.ClientConnectorError:
             self._out(replica, "died")
         except aiohttp.ClientError:
             if replica.state == "up":
                 self._doubt(replica)
-        except TimeoutError:
-            await asyncio.sleep(2 * _TICK_S)  # if it was this process that stood still, that is forgiven by now
-            if replica.health.answered_at <= began:
-                self._out(replica, "hung")
         except EngineRefused as refused:
             if not refused.busy:
                 self._out(replica, "error")
