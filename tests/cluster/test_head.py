@@ -80,6 +80,7 @@ class Nodes:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SYNTHIA_"))},
             **ray_environment(durable),
+            "RAY_AUTH_MODE": "disabled",  # else by whether this user has a token of another cluster
             _MARK: self._mark(node),
             "PYTHONPATH": str(_REPOSITORY),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # several nodes on the loopback address
