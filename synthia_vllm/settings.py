@@ -274,6 +274,11 @@ class ClusterSettings(BaseModel):
         Field(description="requests that the gateways give a replica at once, or as many as it runs if less"),
     ] = 1024
 
+    @property
+    def scales_to_zero(self) -> bool:
+        """Whether there may be no replica at all, until a request asks for one."""
+        return self.max_replicas is not None and self.min_replicas == 0
+
 
 class SloTargets(BaseModel):
     """What a request of one priority class is to meet; a target that is not set is not looked at."""

@@ -157,11 +157,6 @@ def check_environment(settings: Settings, environment: Mapping[str, str] = os.en
         )
 
 
-def scales_to_zero(cluster: ClusterSettings) -> bool:
-    """Whether there may be no replica at all, until a request asks for one."""
-    return cluster.max_replicas is not None and cluster.min_replicas == 0
-
-
 def secrets_of(settings: Settings) -> dict[str, str]:
     """The environment variables that carry what no config may hold; only those that are set."""
     found = {}
@@ -185,7 +180,7 @@ def _gateway_settings(settings: Settings) -> dict[str, Any]:
     for name in ("port", "log_file", "drain_timeout"):
         dumped.pop(name, None)
     # A gateway without a replica is ready all the same where its queue is what wakes one.
-    not_told = _NOT_OF_GATEWAYS + (() if scales_to_zero(settings.cluster) else _BOUNDS)
+    not_told = _NOT_OF_GATEWAYS + (() if settings.cluster.scales_to_zero else _BOUNDS)
     cluster = {key: value for key, value in dumped.pop("cluster", {}).items() if key not in not_told}
     engine = {key: value for key, value in dumped.pop("engine", {}).items() if key in _ENGINE_FIELDS_OF_GATEWAYS}
     return dumped | ({"cluster": cluster} if cluster else {}) | ({"engine": engine} if engine else {})

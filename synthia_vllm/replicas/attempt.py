@@ -55,7 +55,7 @@ class Attempt:
     ) -> None:
         self.endpoint = endpoint
         self.movable = movable  # can go on elsewhere at no cost
-        self.prompt_tokens = prompt_tokens  # that the engine has to compute before it can answer; 0 once it has
+        self.prompt_tokens = prompt_tokens  # that the engine has to compute before it can answer
         self.begun = False  # a byte of the reply has come
         self.ends_at = ends_at  # loop time
         self.taken: LossReason | None = None
@@ -98,7 +98,7 @@ class Attempt:
         reply = await self._post(path, body)
         if reply.content_type == "application/json":
             whole = await reply.read()
-            self._begin()
+            self.begun = True
             yield [whole]
             return
         if reply.content_type != "text/event-stream":
@@ -106,17 +106,13 @@ class Attempt:
         feed, readany, heard = EventReader().feed, reply.content.readany, self._heard
         while part := await readany():
             heard()
-            if not self.begun:
-                self._begin()
+            self.begun = True
             events = feed(part)
             if DONE in events:
                 yield events[: events.index(DONE)]
                 await self._end(reply)
                 return
             yield events
-
-    def _begin(self) -> None:
-        self.begun, self.prompt_tokens = True, 0
 
     async def _post(self, path: str, body: bytes) -> aiohttp.ClientResponse:
         """The reply, as soon as its headers are there. Raises AttemptLost if taken away."""

@@ -134,8 +134,8 @@ class ReplicaPool:
 
     async def ready(self) -> bool:
         """Whether a request would be taken: by a replica, or by the queue for one where none is meant to run."""
-        sleeps = self.settings.min_replicas == 0 and self.settings.max_replicas is not None
-        return bool(self.up()) or (sleeps and not any(one.state in ("up", "out") for one in self._replicas.values()))
+        none_failed = not any(one.state in ("up", "out") for one in self._replicas.values())
+        return bool(self.up()) or (self.settings.scales_to_zero and none_failed)
 
     # For `PooledSequence`
 
@@ -176,7 +176,7 @@ class ReplicaPool:
         self._hand_out()
 
     def acquit(self, replica: Replica) -> None:
-        """A request on trial had a token: others may be tried there."""
+        """A request on trial has gone beyond where it was when a replica died: others may be tried there."""
         replica.on_trial = False
         self._hand_out()
 

@@ -31,7 +31,7 @@ class Replica:
     canary_at: float = -math.inf  # the last canary's start
     up_since: float | None = None
     deaths: int = 0  # it refused connections, or hung, so often
-    on_trial: bool = False  # a request under which two replicas died has had no token here yet
+    on_trial: bool = False  # has a request under which two replicas died, and which is not acquitted yet
     draining_since: float | None = None
     refuses_key: bool = False
     asking: "asyncio.Task[None] | None" = None  # for its counters
@@ -68,7 +68,7 @@ class Replica:
         still = now - self.health.moved_at
         if still <= self.health.patience:
             return False
-        ahead = sum(attempt.prompt_tokens for attempt in self.attempts)
+        ahead = sum(attempt.prompt_tokens for attempt in self.attempts if not attempt.begun)
         return still > self.health.deadline(ahead, len(self.attempts) + self.canary_waits)
 
     def limit(self, now: float, slow_start: float) -> float:

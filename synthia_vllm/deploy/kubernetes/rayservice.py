@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from synthia_vllm.cluster.config import ray_environment, scales_to_zero, serve_config
+from synthia_vllm.cluster.config import ray_environment, serve_config
 from synthia_vllm.deploy.common import image, in_cluster
 from synthia_vllm.deploy.files import to_yaml
 from synthia_vllm.deploy.kubernetes import pod
@@ -103,7 +103,7 @@ def _head(settings: Settings, sizing: Sizing) -> Object:
         "readinessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=5, failures=3),
         "livenessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=10, failures=12),
     }
-    takes_clients = pod.TAKES_CLIENTS if scales_to_zero(settings.cluster) else {}
+    takes_clients = pod.TAKES_CLIENTS if settings.cluster.scales_to_zero else {}
     return _template(container, "head", settings, sizing, labels=takes_clients)
 
 
