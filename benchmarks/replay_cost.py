@@ -1,20 +1,26 @@
 """What the replay costs: requests that don't use it (with and without the processor, in turn), and those that do.
 
 One engine in this process's children, the demo model. The processor is taken out of its batch and put back between
-rounds, so that nothing else differs. `python -m benchmarks.replay_cost --rounds 6`
+rounds, so that nothing else differs.
+
+    python -m benchmarks.replay_cost [--rounds 6] [--output benchmarks/results/replay_cost.json]
 """
 
 import os
-import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
+from benchmarks import rounds as interleaved
+from benchmarks.serving import machine
 from synthia_vllm.engine.arguments import CPU_WORKER, cpu_environment
 from synthia_vllm.engine.demo import demo_model
 
 PROMPT = "SYSTEM: You are helpful.\nUSER: Tell me about the moon and number {}.\nASSISTANT:"
+REPLAYED = 150  # tokens
 KINDS: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "seeded": {"temperature": 0.75, "top_k": 50}}
 
 
@@ -31,7 +37,13 @@ def switch(worker: Any, installed: bool) -> float:
 @click.command()
 @click.option("--rounds", default=6, show_default=True)
 @click.option("--sequences", default=64, show_default=True)
-def main(rounds: int, sequences: int) -> None:
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path(__file__).with_name("results") / "replay_cost.json",
+    show_default="benchmarks/results/replay_cost.json",
+)
+def main(rounds: int, sequences: int, output: Path) -> None:
     os.environ |= cpu_environment() | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     from vllm import LLM, SamplingParams
 
@@ -42,6 +54,7 @@ def main(rounds: int, sequences: int) -> None:
         kv_cache_memory_bytes=3 * 2**30 // 10, logits_processors=["synthia_vllm.engine.replay:Replay"],
     )  # fmt: skip
     encode = llm.get_tokenizer().encode
+    results: interleaved.Results = {}
 
     def generate(prompts: list[list[int]], **named: Any) -> tuple[float, list[int]]:
         params = [SamplingParams(ignore_eos=True, seed=i, **named) for i, _ in enumerate(prompts)]
@@ -52,28 +65,29 @@ def main(rounds: int, sequences: int) -> None:
     prompts = [encode(PROMPT.format(number)) for number in range(sequences)]
     generate(prompts, max_tokens=8)
     for kind, sampling in KINDS.items():
-        rates: dict[bool, list[float]] = {False: [], True: []}
-        spent: dict[bool, list[float]] = {False: [], True: []}
-        for number in range(rounds * 2):
-            installed = (number + number // 2) % 2 == 1  # without, with, with, without, …
-            began = llm.collective_rpc(switch, args=(installed,))[0]
-            seconds, _ = generate(prompts, max_tokens=64, **sampling)
-            rates[installed].append(sequences * 64 / seconds)
-            spent[installed].append(llm.collective_rpc(switch, args=(installed,))[0] - began)
-        for installed in (False, True):
-            shown = " ".join(f"{rate:.0f}" for rate in rates[installed])
-            print(f"{kind} installed={installed}: tokens/s {shown}; worker {statistics.median(spent[installed]):.2f} s")
-        middle = [statistics.median(of[True]) / statistics.median(of[False]) for of in (rates, spent)]
-        print(f"{kind}: with / without: tokens/s {middle[0]:.3f}, worker's processor time {middle[1]:.3f}", flush=True)
+        for number in range(rounds):
+            for name in interleaved.in_turn(("without", "with"), number):
+                began = llm.collective_rpc(switch, args=(name == "with",))[0]
+                seconds, _ = generate(prompts, max_tokens=64, **sampling)
+                ended = llm.collective_rpc(switch, args=(name == "with",))[0]
+                interleaved.add(results, f"{kind}: tokens/s", name, sequences * 64 / seconds)
+                interleaved.add(results, f"{kind}: worker's processor seconds", name, ended - began)
 
     llm.collective_rpc(switch, args=(True,))
-    seeded = {"temperature": 0.75, "top_k": 50, "max_tokens": 150}
+    seeded = {"temperature": 0.75, "top_k": 50, "max_tokens": REPLAYED}
+    same = True
     for prompt in prompts[:3]:
         plain, ids = generate([prompt], **seeded)
-        again, same = generate([prompt], **seeded, extra_args={ARGUMENT: ids})
+        again, repeated = generate([prompt], **seeded, extra_args={ARGUMENT: ids})
         as_prompt, _ = generate([[*prompt, *ids]], **seeded | {"max_tokens": 1})
-        times = f"generated {plain:.2f} s, replayed {again:.2f} s, as a prompt {as_prompt:.2f} s"
-        print(f"150 tokens: {times}; the same: {same == ids}")
+        same &= repeated == ids
+        for name, seconds in (("generated", plain), ("replayed", again), ("as a prompt", as_prompt)):
+            interleaved.add(results, f"{REPLAYED} tokens: seconds", name, seconds)
+    pairs = (("with", "without"), ("replayed", "generated"))
+    told = {"sequences": sequences, "replayed_text_is_the_same": same}
+    interleaved.write(interleaved.report(machine(), results, pairs, **told), output, Console())
+    if not same:
+        raise SystemExit("a replayed reply was another than the one it repeats")
 
 
 if __name__ == "__main__":

@@ -120,13 +120,6 @@ def check_agreement(settings: Settings) -> None:
             raise SetupError(
                 f"--cluster.{one} {value:g} does not fit --cluster.{other} {against:g}: {why}; {word} the other"
             )
-    heard = c.canary_period_s + c.canary_deadline_s
-    if settings.timeouts.upstream_read <= heard:
-        raise SetupError(
-            f"--timeouts.upstream-read {settings.timeouts.upstream_read:g} does not fit --cluster.canary-deadline-s "
-            f"{c.canary_deadline_s:g}: a slow replica would be taken for a dead one before its canary is due; set more "
-            f"than {heard:g}"
-        )
     if c.max_replicas is None:
         if c.replicas < 1:
             raise SetupError(

@@ -1,7 +1,7 @@
 """vLLM's engine in this process, behind the port. Imports vLLM when an engine is asked for the first time."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -77,30 +77,73 @@ class LocalEngine:
         if sampling.prompt_logprobs is not None:
             late_logprobs.install()
         with _errors_of_vllm(generation):
-            outputs = self._llm.generate(
-                prompt, sampling_params(sampling), generation.id, trace_headers=headers or None
-            )
+            outputs = self._outputs(generation, prompt, headers)
             async with aclosing(outputs):
                 async for output in outputs:
                     (completion,) = output.outputs
                     finish = completion.finish_reason
                     if finish is not None and finish not in ("stop", "length"):
                         raise _unfinished(finish, generation, begun=begun)
-                    delta = Delta(completion.token_ids, completion.text, finish, completion.stop_reason)
-                    if ending is not None:
-                        ending.cut(delta)
-                    if completion.logprobs is not None:
-                        found = completion.logprobs
-                        long = len(found) > _LONG_DELTA
-                        told = await asyncio.to_thread(positions, found) if long else positions(found)
-                        delta.logprobs = [one or _UNKNOWN for one in told]
-                    if not begun:
-                        begun = True
-                        delta.cached = output.num_cached_tokens
-                        if output.prompt_logprobs is not None:
-                            told = await asyncio.to_thread(_prompt_positions, output.prompt_logprobs)
-                            delta.prompt_logprobs = told[: len(generation.prompt)]
+                    try:
+                        delta = await self._delta(output, generation, ending, first=not begun)
+                    except BaseException:
+                        generation.on_untaken(len(completion.token_ids))
+                        raise
+                    begun = True
                     yield delta
+
+    async def _delta(self, output: Any, generation: Generation, ending: "_StopToken | None", *, first: bool) -> Delta:
+        (completion,) = output.outputs
+        delta = Delta(completion.token_ids, completion.text, completion.finish_reason, completion.stop_reason)
+        if ending is not None:
+            ending.cut(delta)
+        if completion.logprobs is not None:
+            found = completion.logprobs
+            long = len(found) > _LONG_DELTA
+            told = await asyncio.to_thread(positions, found) if long else positions(found)
+            delta.logprobs = [one or _UNKNOWN for one in told]
+        if first:
+            delta.cached = output.num_cached_tokens
+            if output.prompt_logprobs is not None:
+                told = await asyncio.to_thread(_prompt_positions, output.prompt_logprobs)
+                delta.prompt_logprobs = told[: len(generation.prompt)]
+        return delta
+
+    async def _outputs(
+        self, generation: Generation, prompt: dict[str, Any], headers: Mapping[str, str]
+    ) -> AsyncGenerator[Any, None]:
+        """What AsyncLLM.generate gives, read from its collector: of a sequence that is left, that still holds tokens.
+
+        vLLM has counted them, its generator drops them, and nobody would pay for them.
+        """
+        collector = None
+        try:
+            collector = await self._llm.add_request(
+                generation.id, prompt, sampling_params(generation.sampling), trace_headers=headers or None
+            )
+            finished = False
+            while not finished:
+                output = collector.get_nowait() or await collector.get()
+                finished = output.finished
+                yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            if collector is None:  # by the name that we gave it: it may be in the engine already
+                await self._llm.abort(generation.id)
+                raise
+            try:
+                await self._llm.abort(collector.request_id, internal=True)
+            finally:
+                generation.on_untaken(_tokens_in(collector))
+            raise
+
+
+def _tokens_in(collector: Any) -> int:
+    """How many tokens wait in it; none where it holds an error."""
+    try:
+        output = collector.get_nowait()
+    except Exception:
+        return 0
+    return sum(len(completion.token_ids) for completion in output.outputs) if output is not None else 0
 
 
 @contextmanager

@@ -79,6 +79,8 @@ class Generation:
     # Called with a replica's name (empty: the engine in this process) each time an engine is asked for it; gives the
     # trace headers that go there.
     on_attempt: Callable[[str], Mapping[str, str]] = lambda replica: {}
+    # Called where the iterator is left, with the number of tokens that were generated and not taken from it.
+    on_untaken: Callable[[int], None] = lambda count: None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, gc=False):

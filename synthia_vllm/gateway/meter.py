@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from time import perf_counter
 
 from synthia_vllm.engine.port import Delta, Engine
@@ -12,9 +13,9 @@ from synthia_vllm.gateway.request import Request
 class Meter:
     """Writes the `Usage` of a request. Adds nothing to the reply and never waits.
 
-    It counts where the engine's deltas come in, so that nothing is missing of a request that is cut while they wait to
-    be taken. What the engine refuses before its first delta was never accepted, and costs nothing; whoever leaves
-    while the engine reads the prompt pays for the prompt.
+    It counts where the engine's deltas come in, and what it says was never taken, so that nothing is missing of a
+    request that is cut meanwhile. What the engine refuses before its first delta was never accepted, and costs
+    nothing; whoever leaves while the engine reads the prompt pays for the prompt.
     """
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float] = perf_counter) -> None:
@@ -26,11 +27,16 @@ class Meter:
         usage, prepared, clock = request.usage, request.prepared, self.clock
         prompt, reply = divmod(number, prepared.replies)
         finished = False
+
+        def untaken(count: int) -> None:
+            usage.generated += count
+
         if usage.dispatched is None:
             usage.dispatched = clock()
             usage.accepted = True
         try:
-            async with aclosing(self.engine.generate(prepared.sequences[number])) as deltas:
+            generation = replace(prepared.sequences[number], on_untaken=untaken)
+            async with aclosing(self.engine.generate(generation)) as deltas:
                 async for delta in deltas:
                     if count := len(delta.ids):
                         now = clock()

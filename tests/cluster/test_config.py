@@ -97,10 +97,6 @@ def test_a_replica_lives_longer_than_its_longest_stream() -> None:
         ({"drain_s": 60, "max_generation_s": 600}, ("--cluster.drain-s 60", "--cluster.max-generation-s 600")),
         ({"handover_s": 700}, ("--cluster.handover-s 700", "--cluster.drain-s 600")),
         ({"health_timeout_s": 4}, ("--cluster.health-timeout-s 4", "--cluster.canary-deadline-s 10")),
-        (
-            {"canary_deadline_s": 299, "health_timeout_s": 400},
-            ("--timeouts.upstream-read", "--cluster.canary-deadline"),
-        ),
         ({"replicas": 0}, ("--cluster.replicas 0", "--cluster.max-replicas")),
         ({"replicas": 5, "max_replicas": 4}, ("--cluster.replicas 5", "--cluster.max-replicas 4")),
         ({"replicas": 1, "min_replicas": 2, "max_replicas": 4}, ("--cluster.replicas 1", "--cluster.min-replicas 2")),
