@@ -7,7 +7,7 @@ Checked on Ray 2.60.0 with vLLM 0.29.0; what is used of their insides is the app
 import asyncio
 import os
 
-from synthia_vllm.cluster.cores import CAN_BIND, Claims, bind, share_cores, start_on_free_cores
+from synthia_vllm.cluster.cpus.claims import CAN_BIND, Claims, bind, share_cores, start_on_free_cores
 from synthia_vllm.engine.hardware import CPU_BINDING, inspect_machine
 
 if os.environ.get(CPU_BINDING) == "auto":  # before vLLM is imported, which is most of a start
@@ -23,8 +23,8 @@ from ray.serve.llm.deployment import LLMServer
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.tokenizers import get_tokenizer
 
+from synthia_vllm.cluster.cpus.share import Share, share_of
 from synthia_vllm.cluster.guard import Guard, engine_key
-from synthia_vllm.cluster.share import Share, share_of
 from synthia_vllm.engine.arguments import CPU_WORKER
 from synthia_vllm.engine.memory import choose_kv_bytes, read_geometry
 from synthia_vllm.engine.server import warm_up

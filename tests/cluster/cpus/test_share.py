@@ -2,7 +2,7 @@
 
 import pytest
 
-from synthia_vllm.cluster.share import share_of
+from synthia_vllm.cluster.cpus.share import share_of
 from synthia_vllm.engine import hardware
 from synthia_vllm.engine.hardware import GIB, physical_cores, usable_cpus
 from synthia_vllm.settings import ClusterSettings, Settings

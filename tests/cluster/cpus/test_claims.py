@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from synthia_vllm.cluster.cores import Claim, Claims, share_cores, wanted_cpus
+from synthia_vllm.cluster.cpus.claims import Claim, Claims, share_cores, wanted_cpus
 from synthia_vllm.engine import hardware
 from synthia_vllm.engine.hardware import core_of, usable_cpus
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(len(CORES) < 2 or core_of(CORES[0]) == core_of(C
 HOLDER = """
 import sys, time
 from pathlib import Path
-from synthia_vllm.cluster.cores import Claims
+from synthia_vllm.cluster.cpus.claims import Claims
 Claims(Path(sys.argv[1])).make({int(cpu) for cpu in sys.argv[2:]})
 print("claimed", flush=True)
 time.sleep(60)
@@ -28,7 +28,7 @@ time.sleep(60)
 STARTER = """
 import os, sys
 from pathlib import Path
-from synthia_vllm.cluster.cores import Claims, bind, start_on_free_cores
+from synthia_vllm.cluster.cpus.claims import Claims, bind, start_on_free_cores
 claims = Claims(Path(sys.argv[1]))
 start_on_free_cores(claims)
 exec(sys.argv[2])
