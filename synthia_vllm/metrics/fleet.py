@@ -15,12 +15,11 @@ from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Counts
 from synthia_vllm.metrics.engines import EnginePage, Gone
 from synthia_vllm.metrics.exposition import Exposition
-from synthia_vllm.metrics.replicas import ReplicaSource, ReplicaState, ReplicaView
+from synthia_vllm.metrics.replicas import ReplicaSource, ReplicaState, ReplicaView, read_page
 
 ANSWER_S = 5.0  # an engine that takes longer is stale
 _KEEP_GONE_S = 15 * 60.0  # so long one that is gone is shown as down
 _MOST_GONE_SHOWN = 32
-_MOST_BYTES = 16 * 2**20
 
 _log = structlog.get_logger(__name__)
 
@@ -139,12 +138,4 @@ class Fleet:
     async def _read(self, url: str) -> str:
         if self._session is None:
             self._session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
-        async with self._session.get(url, headers=self._headers) as reply:
-            if reply.status != 200:
-                raise ValueError(f"{url} answers {reply.status}")
-            body = bytearray()
-            async for part in reply.content.iter_any():
-                body += part
-                if len(body) > _MOST_BYTES:
-                    raise ValueError(f"{url} tells more than {_MOST_BYTES} bytes")
-            return body.decode(errors="replace")
+        return await read_page(self._session, url, self._headers)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from synthia_vllm.metrics.replicas import read_page
+
 _RUNNING, _WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 _GENERATED, _PROMPT = "vllm:generation_tokens_total", "vllm:prompt_tokens_total"
 # Both are told when a request ends.
@@ -43,9 +45,10 @@ class Counters(NamedTuple):
 
 async def ask_counters(url: str, session: aiohttp.ClientSession, headers: Mapping[str, str]) -> Counters | None:
     """An engine's counters; None where it tells none. Raises aiohttp's errors and TimeoutError."""
-    async with session.get(f"{url}/metrics", headers=headers) as reply:
-        page = await reply.text(errors="replace")
-        return read_counters(page) if reply.status == 200 else None
+    try:
+        return read_counters(await read_page(session, f"{url}/metrics", headers))
+    except ValueError:
+        return None
 
 
 def read_counters(page: str) -> Counters | None:

@@ -1,15 +1,20 @@
 """Busy is not hung: what an engine's counters say, on a clock of our own."""
 
+import aiohttp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
 
 from synthia_vllm.replicas.attempt import Attempt
 from synthia_vllm.replicas.budget import RetryBudget
-from synthia_vllm.replicas.counters import Counters, read_counters
+from synthia_vllm.replicas.counters import Counters, ask_counters, read_counters
 from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.health import Health
 from synthia_vllm.replicas.replica import Replica
+from tests.replicas.engines import Live
 
 PATIENCE = 10.0
 PAGE = """\
@@ -54,6 +59,21 @@ def test_a_page_that_tells_nothing(page: str) -> None:
 def test_any_page_is_read(page: str) -> None:
     read_counters(page)
     read_counters(PAGE + page)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (PlainTextResponse(PAGE), read_counters(PAGE)),
+        (PlainTextResponse(PAGE, 500), None),
+        (PlainTextResponse(PAGE + "vllm:num_requests_running nan"), None),
+        (PlainTextResponse(PAGE + "#" * 2**24), None),  # more than is read of any
+    ],
+)
+async def test_a_page_of_no_use_is_none(live: Live, answer: Response, told: Counters | None) -> None:
+    async with aiohttp.ClientSession() as session:
+        engine = Starlette(routes=[Route("/metrics", lambda request: answer)])
+        assert await ask_counters(live(engine), session, {}) == told
 
 
 def test_a_replica_without_work_never_hangs() -> None:
