@@ -3,7 +3,7 @@
     python -m benchmarks.chaos [null] [--streams 2000] [--seconds 120] [--no-resume]
     python -m benchmarks.chaos demo --url http://127.0.0.1:8000 [--rounds 20] [--pids 'COMMAND']
 
-null   `synthia-vllm gateway --resume` in front of 16 null engines (a stand-in: real processes, no model). So many
+null   `synthia-vllm gateway` in front of 16 null engines (a stand-in: real processes, no model). So many
        streams are always open; every 5 s one of the engines is killed with -9 and comes back a second later.
 demo   a gateway or cluster that runs already, on real engines: 16 greedy streams of 150 tokens, one engine process
        killed at a random moment, so many rounds; texts are compared with those of a run without a kill. COMMAND prints
@@ -192,7 +192,7 @@ def null(
         port = free_port()
         words = ["--port", str(port), "--tokenizer", str(write_tokenizer(Path(data, "tokenizer")))]
         words += [word for url in engines.listing().values() for word in ("--upstream", url)]
-        words += ["--resume"] if resume else []
+        words += [] if resume else ["--no-resume"]
         gateway = stack.enter_context(_gateway(words, data))
         wait_for(port)
         say(f"{replicas} engines of {statistics.mean(engines.memory_mib()):.0f} MiB each, {streams} streams")

@@ -5,7 +5,7 @@
     python -m benchmarks.crowds --scene poison
     python -m benchmarks.crowds --scene overload --queue engine
 
-`synthia-vllm gateway --resume` before null engines (a stand-in: real processes, vLLM's queue and counters, no model) of
+`synthia-vllm gateway` before null engines (a stand-in: real processes, vLLM's queue and counters, no model) of
 few places, so that requests wait. Half of the replies are streams, each byte of which is checked, half are whole.
 
 losses    16 engines; one is killed with -9 each 5 s, and comes back a second later on its port. Pause: the gap in a
@@ -78,7 +78,7 @@ def _engines(count: int, queue: str, *options: str, places: int = _PLACES, **set
 @contextmanager
 def _gateways(engines: ReplicaSet, logs: Path, names: str, queue: str, *words: str) -> Iterator[list[str]]:
     """URLs of gateways that are ready, one a letter of `names`."""
-    command = [sys.executable, "-m", "synthia_vllm", "gateway", "--resume"]
+    command = [sys.executable, "-m", "synthia_vllm", "gateway"]
     command += ["--tokenizer", str(write_tokenizer(logs / "tokenizer"))]
     command += [word for url in engines.listing().values() for word in ("--upstream", url)]
     most = str(10**12)

@@ -1,11 +1,10 @@
-"""What a streamed token costs a gateway between client and engine: ours, ours with resume, and smg (Rust).
+"""What a streamed token costs a gateway between client and engine: ours and smg (Rust).
 
     pip install --target FOLDER smg==1.13.0
     python -m benchmarks.gateways --smg FOLDER [--rounds 3] [--output benchmarks/results/gateways.json]
 
 engine   one null engine, at a pace as a real one has it, asked without a gateway: what is there without one
 ours     `synthia-vllm gateway`, open mode, log on
-resume   the same with --resume
 smg      `smg launch --backend openai --policy round_robin`: no keys, limits or bill
 
 All run all the time, and each round loads them one after the other; ratios are taken within a round. The processor time
@@ -32,7 +31,7 @@ from benchmarks.serving import machine
 from benchmarks.streams import chat, free_port, load, port_of, processor_seconds
 
 COST, TTFT, LATE, MEMORY = "processor, µs a token", "TTFT p50, ms", "TTFT p99, ms", "memory, MB"
-PAIRS = (("ours", "smg"), ("resume", "smg"), ("resume", "ours"))
+PAIRS = (("ours", "smg"),)
 
 
 @click.command()
@@ -80,10 +79,7 @@ def commands(url: str, folder: Path, smg: str | None) -> dict[str, tuple[list[st
     """Command line and environment of each gateway, without its port; smg only where it is installed."""
     ours = [sys.executable, "-m", "synthia_vllm", "gateway", "--tokenizer", str(write(folder / "tokenizer"))]
     ours += ["--upstream", url]
-    found = {
-        "ours": (ours, {"SYNTHIA_DATA": str(folder / "ours")}),
-        "resume": ([*ours, "--resume"], {"SYNTHIA_DATA": str(folder / "resume")}),
-    }
+    found = {"ours": (ours, {"SYNTHIA_DATA": str(folder / "ours")})}
     if smg is not None or importlib.util.find_spec("smg") is not None:
         theirs = [sys.executable, "-m", "smg", "launch", "--backend", "openai", "--policy", "round_robin"]
         theirs += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port()), "--worker-urls", url]

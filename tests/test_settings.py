@@ -164,12 +164,12 @@ def test_an_option_spelt_as_on_the_command_line_is_told_how_a_file_has_it(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "argv", [["--upstream", "http://x"], ["--upstream-key", "k"], ["--resume"], ["--tokenizer", "folder"]]
+    "argv", [["--upstream", "http://x"], ["--upstream-key", "k"], ["--no-resume"], ["--tokenizer", "folder"]]
 )
 def test_what_only_a_gateway_takes_is_refused_with_the_cure(argv: list[str]) -> None:
-    with pytest.raises(SetupError, match=f"^{argv[0]}: .*synthia-vllm gateway"):
+    with pytest.raises(SetupError, match=f"^{argv[0].replace('--no-', '--')}: .*synthia-vllm gateway"):
         refuse_gateways_options(load_settings(argv), "synthia-vllm serve")
 
 
 def test_a_gateways_option_at_its_default_is_none() -> None:
-    refuse_gateways_options(load_settings(["--no-resume"]), "synthia-vllm serve")
+    refuse_gateways_options(load_settings(["--resume"]), "synthia-vllm serve")

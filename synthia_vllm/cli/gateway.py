@@ -1,22 +1,23 @@
 """`synthia-vllm gateway`."""
 
 import asyncio
+import contextlib
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
+from synthia_vllm.supervise import supervise
 
 if TYPE_CHECKING:
+    from synthia_vllm.engine.port import Capacity
     from synthia_vllm.gateway.app import Gateway
     from synthia_vllm.replicas.pool import ReplicaPool
-    from synthia_vllm.replicas.upstreams import Upstreams
 
-_ASK_AGAIN_S = 10.0
 PROG = "synthia-vllm gateway"
 
 
@@ -61,68 +62,91 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.app import Gateway
     from synthia_vllm.gateway.edge.listener import DrainingServer, settle_memory
 
-    upstream = _upstream(settings)
-    async with upstream:
-        stack = Gateway(upstream, settings, replicas=upstream, replica_headers=upstream.headers)
+    async with _pool(settings) as pool:
+        stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:
             click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}", err=True)
-            if upstream.tokenizer is None:
+            if pool.tokenizer is None:
                 click.echo(
                     "Prompts go as text, and are counted by estimate until the engine tells: give --tokenizer FOLDER "
                     "for exact counts, and for streams that go on by token ids",
                     err=True,
                 )
 
-        async with stack:
+        async with stack, _sharing(stack):
             settle_memory()
-            following = asyncio.create_task(_follow_capacity(upstream, stack))
-            try:
-                drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)
-            finally:
-                following.cancel()
+            _follow(pool, stack)
+            drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)
     return 0 if drained else 1
 
 
-def _upstream(settings: Settings) -> "Upstreams | ReplicaPool":
+@contextlib.asynccontextmanager
+async def _sharing(stack: "Gateway") -> AsyncIterator[None]:
+    """Divides the room by the number of gateways before the same engines: counted in Redis, or as set.
+
+    Raises SetupError where it is neither, and another one is there all the same.
+    """
+    from synthia_vllm.gateway.fair.peers import Peers, claim
+
+    settings, number = stack.settings, stack.settings.fair.gateways
+    stack.set_gateways(number or 1)
+    if settings.limits.redis is None:
+        claimed = [] if number else claim(settings.upstream)
+        try:
+            yield
+        finally:
+            for name in claimed:
+                name.close()
+        return
+    url = settings.limits.redis.get_secret_value()
+    peers = Peers(url, settings.upstream, stack.set_gateways, least=number or 1)
+    await peers.count()
+    counting = supervise("gateways", peers.run)
+    try:
+        yield
+    finally:
+        while not counting.done():
+            counting.cancel()  # which may be lost in Redis' client, as in the limits
+            await asyncio.wait([counting], timeout=1.0)
+        await peers.close()
+
+
+def _pool(settings: Settings) -> "ReplicaPool":
     from synthia_vllm.engine.tokenizer import Tokenizer
     from synthia_vllm.replicas.pool import ReplicaPool
-    from synthia_vllm.replicas.upstreams import Upstreams
 
-    tokenizer = Tokenizer.load(settings.tokenizer) if settings.tokenizer else None
-    key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
-    connect, read = settings.timeouts.upstream_connect, settings.timeouts.upstream_read
-    context = settings.engine.max_model_len
-    if settings.resume:
-        return ReplicaPool(
-            settings.cluster,
-            tokenizer=tokenizer,
-            context=context,
-            key=key,
-            connect_timeout=connect,
-        )
-    return Upstreams(
-        settings.upstream, tokenizer=tokenizer, context=context, key=key, connect_timeout=connect, read_timeout=read
+    cluster = settings.cluster
+    if "start_wait_s" not in cluster.model_fields_set:
+        cluster = cluster.model_copy(update={"start_wait_s": settings.fair.max_wait_s})
+    return ReplicaPool(
+        cluster,
+        tokenizer=Tokenizer.load(settings.tokenizer) if settings.tokenizer else None,
+        context=settings.engine.max_model_len,
+        key=settings.upstream_key.get_secret_value() if settings.upstream_key else None,
+        connect_timeout=settings.timeouts.upstream_connect,
+        silence_s=settings.timeouts.upstream_read,
+        resume=settings.resume,
     )
 
 
-async def _follow_capacity(upstream: "Upstreams | ReplicaPool", stack: "Gateway") -> None:
+def _follow(pool: "ReplicaPool", stack: "Gateway") -> None:
     """Keeps the room for requests in line with what the engines tell; they may start after the gateway."""
     from synthia_vllm.metrics.replicas import engine_name
-    from synthia_vllm.replicas.upstreams import Upstreams
 
-    if not isinstance(upstream, Upstreams):
-        upstream.on_capacity = stack.set_capacity
-        upstream.update({engine_name(url): url for url in stack.settings.upstream})
-        return
-    told = False
-    while (capacity := await upstream.capacity()) is None or capacity.tokens is None:
-        if not told and stack.settings.fair.max_in_flight_tokens is None:
+    told = stack.settings.fair.max_in_flight_tokens is not None
+
+    def follow(capacity: "Capacity") -> None:
+        nonlocal told
+        if not told and capacity.tokens is None and capacity.requests is not None:
+            told = True
             click.echo(
-                "The engine tells no KV cache size (yet), so nothing queues here: set --fair.max-in-flight-tokens",
+                "The engine tells no KV cache size, so nothing queues here by its tokens: set "
+                "--fair.max-in-flight-tokens",
                 err=True,
             )
-        told = True
-        await asyncio.sleep(_ASK_AGAIN_S)
-    stack.set_capacity(capacity)
+        stack.set_capacity(capacity)
+
+    pool.on_capacity = follow
+    pool.update({engine_name(url): url for url in stack.settings.upstream})

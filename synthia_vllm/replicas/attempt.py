@@ -52,12 +52,14 @@ class Attempt:
         movable: bool = False,
         prompt_tokens: int = 0,
         ends_at: float = math.inf,
+        silence_s: float | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.movable = movable  # can go on elsewhere at no cost
         self.prompt_tokens = prompt_tokens  # that the engine has to compute before it can answer
         self.begun = False  # a byte of the reply has come
         self.ends_at = ends_at  # loop time
+        self._silence_s = silence_s  # nothing for so long is a hang; None: somebody else judges that
         self.taken: LossReason | None = None
         self._session = session
         self._headers = headers
@@ -116,12 +118,18 @@ class Attempt:
 
     async def _post(self, path: str, body: bytes) -> aiohttp.ClientResponse:
         """The reply, as soon as its headers are there. Raises AttemptLost if taken away."""
+        connect = self._session.timeout.sock_connect
+        timeouts = aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=self._silence_s)
         try:
             async with asyncio.timeout(None) as self._deadline:
                 if self.taken:
                     raise AttemptLost(self.taken)
                 reply = await self._session.post(
-                    self.endpoint.url + path, data=body, headers=self._headers, allow_redirects=False
+                    self.endpoint.url + path,
+                    data=body,
+                    headers=self._headers,
+                    allow_redirects=False,
+                    timeout=timeouts,
                 )
         except TimeoutError:
             if self.taken:

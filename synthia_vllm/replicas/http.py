@@ -16,14 +16,11 @@ BUSY = (429, 503)  # as servers and proxies in front of an engine say it
 _OURS = (401, 403, 404, 405, 408)  # 4xx that the request's author can't help
 
 
-def open_session(connect_timeout: float, read_timeout: float | None) -> aiohttp.ClientSession:
-    """The connections to engines: as many as there are requests, replies as they come.
-
-    Timeouts in seconds; `read_timeout` None where somebody else judges silence.
-    """
+def open_session(connect_timeout: float) -> aiohttp.ClientSession:
+    """The connections to engines: as many as there are requests, replies as they come. Whoever reads judges silence."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=read_timeout),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout),
         auto_decompress=False,
         read_bufsize=_READ_BUFFER,
         cookie_jar=aiohttp.DummyCookieJar(),

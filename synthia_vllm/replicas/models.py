@@ -7,6 +7,7 @@ import aiohttp
 
 from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.replicas.detect import MODELS, Endpoint, model_cards
+from synthia_vllm.supervise import spawn
 
 _FRESH_S = 5.0
 _TIMEOUT_S = 5.0
@@ -40,7 +41,7 @@ class ModelList:
         """All their names, each once. Raises UpstreamLost where none of them tells any."""
         if asyncio.get_running_loop().time() >= self._fresh_until:
             if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._ask_all(list(endpoints)))
+                self._asking = spawn("models", self._ask_all(list(endpoints)))
             if not (self._known and self._keep):
                 await asyncio.wait((self._asking,), timeout=_PATIENCE_S if self._known else None)
         if not self._known:

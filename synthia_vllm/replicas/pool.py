@@ -25,6 +25,7 @@ from synthia_vllm.replicas.replica import Replica, Waiter
 from synthia_vllm.replicas.routing import Router
 from synthia_vllm.replicas.sequence import PooledSequence
 from synthia_vllm.settings import ClusterSettings
+from synthia_vllm.supervise import spawn, supervise
 
 _TICK_S = 0.2
 _RETRY_AFTER_S = 2.0
@@ -44,6 +45,9 @@ class ReplicaPool:
     connections or answers a canary with an error gets no more requests, and those it has depend on their own
     connections. Replicas that are not listed any more drain: whatever their port says, what runs there finishes.
 
+    An engine that is no vLLM is asked for nothing but what it is: tokens of others may cost money. It is well while it
+    takes connections, and a reply of which nothing comes for `silence_s` seconds is lost.
+
     Requests wait in order of arrival while no replica is up, at most `start_wait_s`: 503 after that. `async with` opens
     the connections and watches the replicas. `on_capacity` is told when what all of them hold changes.
     """
@@ -57,8 +61,12 @@ class ReplicaPool:
         names: Sequence[str] = (),
         key: str | None = None,
         connect_timeout: float = 5.0,
+        silence_s: float = 300.0,
+        resume: bool = True,
     ) -> None:
         self.settings = settings
+        self.silence_s = silence_s
+        self.resume = resume  # False: what has lost its replica ends with an error, unless nothing of it had come yet
         self.tokenizer = tokenizer  # None: prompts go as text
         self.headers = own_headers(key)  # of every question to a replica; `key` is what they ask for
         self.on_capacity: Callable[[Capacity], None] | None = None
@@ -78,9 +86,9 @@ class ReplicaPool:
 
     async def __aenter__(self) -> "ReplicaPool":
         self._loop = asyncio.get_running_loop()
-        self.session = open_session(self._connect_timeout, None)  # silence is judged here
+        self.session = open_session(self._connect_timeout)
         self.budget = RetryBudget(self._loop.time)
-        self._watch = asyncio.create_task(self._run())
+        self._watch = supervise("pool", self._run)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -189,6 +197,12 @@ class ReplicaPool:
         if reason in ("died", "error") and replica.state == "up":
             self._doubt(replica)
 
+    def has_changed(self, replica: Replica) -> None:
+        """It has no such route or model: what is there now is something else."""
+        replica.endpoint.kind = None
+        if replica.state == "up":
+            self._doubt(replica)
+
     def retry_delay(self) -> float:
         """Seconds before a request may be asked again."""
         return self.budget.delay(sum(replica.in_flight for replica in self._replicas.values()))
@@ -266,7 +280,7 @@ class ReplicaPool:
         now = self._loop.time()
         if replica.asking is None or replica.asking.done():
             replica.asked_at = now
-            replica.asking = asyncio.create_task(self._judged(replica, self._counters))
+            replica.asking = spawn("question", self._judged(replica, self._counters))
 
     async def _judged(self, replica: Replica, ask: Callable[[Replica], Awaitable[None]], seconds: float = 0.0) -> None:
         """Asks a question. What becomes of it says how the replica is."""
@@ -275,7 +289,8 @@ class ReplicaPool:
                 await ask(replica)
         except TimeoutError:  # aiohttp's too, of a connection that does not come about
             await asyncio.sleep(2 * _TICK_S)  # if it was this process that stood still, that is forgiven by now
-            if self._loop.time() - replica.health.answered_at >= replica.health.patience:
+            silent = self._loop.time() - replica.health.answered_at
+            if replica.endpoint.vllm and silent >= replica.health.patience:
                 self._out(replica, "hung")
         except aiohttp.ClientConnectorError:
             self._out(replica, "died")
@@ -299,13 +314,17 @@ class ReplicaPool:
         if replica.state == "up" and held != (replica.cache_tokens, replica.max_requests):
             self._tell_capacity()
         now = self._loop.time()
+        if not endpoint.vllm:
+            if replica.state in ("unproven", "out"):
+                self._is_up(replica)
+            return
         # Whoever tells what it does is asked when it does nothing, the others whenever nothing came from them.
         due = max(replica.canary_at, -math.inf if health.tells else health.worked_at) + self.settings.canary_period_s
         if replica.canary_waits or (replica.state == "up" and now < due):
             return
         if health.requests == 0 and (not health.tells or all(attempt.begun for attempt in replica.attempts)):
             replica.canary_at = now
-            replica.canary = asyncio.create_task(self._judged(replica, self._canary, 2 * health.patience))
+            replica.canary = spawn("canary", self._judged(replica, self._canary, 2 * health.patience))
 
     async def _canary(self, replica: Replica) -> None:
         """Asks for one token."""

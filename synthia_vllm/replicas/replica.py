@@ -65,6 +65,8 @@ class Replica:
         if not self.busy:
             self.health.rested(now)
             return False
+        if not self.endpoint.vllm:
+            return False  # it tells nothing, and nobody asks it for tokens: its attempts judge their own silence
         still = now - self.health.moved_at
         if still <= self.health.patience:
             return False

@@ -34,6 +34,8 @@ class Replicas(Protocol):
     """What a sequence needs of the pool."""
 
     settings: ClusterSettings
+    silence_s: float
+    resume: bool
     tokenizer: Tokenizer | None
     headers: dict[str, str]
     session: aiohttp.ClientSession
@@ -53,6 +55,8 @@ class Replicas(Protocol):
     def heard(self, replica: Replica) -> None: ...
 
     def lost(self, replica: Replica, reason: LossReason) -> None: ...
+
+    def has_changed(self, replica: Replica) -> None: ...
 
     def retry_delay(self) -> float: ...
 
@@ -110,6 +114,8 @@ class PooledSequence:
                             pool.acquit(replica)
                         yield delta
             except EngineRefused as refused:
+                if refused.status in (404, 405):
+                    pool.has_changed(replica)
                 self._lose(replica, reply, self._as_loss(replica, refused))
             except AttemptLost as loss:
                 self._lose(replica, reply, loss)
@@ -145,7 +151,11 @@ class PooledSequence:
             request_headers(pool.headers, generation.id, self._attempts, trace),
             heard=lambda: pool.heard(replica),
             # What would be said again from its beginning rather ends where it is.
-            movable=endpoint.tells_ids and not self._stateful and generation.sampling.prompt_logprobs is None,
+            movable=pool.resume
+            and endpoint.tells_ids
+            and not self._stateful
+            and generation.sampling.prompt_logprobs is None,
+            silence_s=None if endpoint.vllm else pool.silence_s,
             prompt_tokens=(len(generation.prompt) or len(generation.text or "")) + len(self._ids),
             ends_at=self._ends_at,
         )
@@ -194,6 +204,8 @@ class PooledSequence:
             )
         if self._attempts > limits.max_resumes:
             raise self._given_up(f"its replica was lost {self._attempts} times", "refused")
+        if self._ids and not self._pool.resume:
+            raise self._given_up(f"the engine broke off a reply: {loss.detail or loss.reason}", "broken")
         if self._ids and not self._may_go_on():
             raise self._given_up("its replica was lost, and this kind of reply can't go on elsewhere", "broken")
 

@@ -25,7 +25,7 @@ def test_both_servers_are_asked_for_replies_of_one_length() -> None:
 
 def test_smg_is_left_out_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateways.importlib.util, "find_spec", lambda name: None)
-    assert list(gateways.commands("http://127.0.0.1:1", tmp_path, None)) == ["ours", "resume"]
+    assert list(gateways.commands("http://127.0.0.1:1", tmp_path, None)) == ["ours"]
     command, environment = gateways.commands("http://127.0.0.1:1", tmp_path, str(tmp_path))["smg"]
     assert command[-1] == "http://127.0.0.1:1"
     assert environment["PYTHONPATH"].startswith(str(tmp_path))

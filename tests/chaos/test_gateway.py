@@ -22,8 +22,8 @@ pytestmark = pytest.mark.chaos
 
 @contextmanager
 def gateway(port: int, replicas: ReplicaSet, log: Path, *words: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """`synthia-vllm gateway --resume` in front of them, listening."""
-    command = [sys.executable, "-m", "synthia_vllm", "gateway", "--resume", "--port", str(port), *words]
+    """`synthia-vllm gateway` in front of them, listening."""
+    command = [sys.executable, "-m", "synthia_vllm", "gateway", "--port", str(port), *words]
     command += [word for url in replicas.listing().values() for word in ("--upstream", url)]
     with log.open("ab") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)

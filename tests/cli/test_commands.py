@@ -82,11 +82,11 @@ def test_a_store_that_is_not_there_is_known_before_anything_loads(option: str, v
 
 
 @pytest.mark.parametrize("words", [["serve"], ["cluster", "up"], ["cluster", "config"], ["doctor"]], ids=" ".join)
-@pytest.mark.parametrize("options", [["--upstream", "http://127.0.0.1:1"], ["--resume"]], ids=" ".join)
+@pytest.mark.parametrize("options", [["--upstream", "http://127.0.0.1:1"], ["--no-resume"]], ids=" ".join)
 def test_an_option_of_the_gateway_is_refused_where_an_engine_would_load(words: list[str], options: list[str]) -> None:
     done = run(*words, *options)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"synthia-vllm: {options[0]}: ")
+    assert done.stderr.startswith(f"synthia-vllm: {options[0].replace('--no-', '--')}: ")
     assert "use `synthia-vllm gateway`" in done.stderr
 
 

@@ -13,6 +13,7 @@ from benchmarks.null_engine import NullEngine
 from benchmarks.null_tokenizer import null_tokenizer
 from benchmarks.null_tokens import expected
 from synthia_vllm.engine.port import Delta, Engine, Generation, Sampling
+from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.replicas.pool import ReplicaPool
 from synthia_vllm.settings import ClusterSettings
 
@@ -53,14 +54,21 @@ def count_of(deltas: Sequence[Delta]) -> int:
 
 @asynccontextmanager
 async def pool_of(
-    *urls: str, tokenizer: bool = True, key: str | None = None, **options: Any
+    *urls: str,
+    tokenizer: bool | Tokenizer = True,
+    key: str | None = None,
+    resume: bool = True,
+    silence_s: float = 300.0,
+    up: int | None = None,
+    **options: Any,
 ) -> AsyncIterator[ReplicaPool]:
-    """All of them up."""
+    """All of them up, or so many."""
     options = {"canary_period_s": 0.3, "canary_deadline_s": 1.0, "slow_start_s": 0, "handover_s": 0.2} | options
-    known = null_tokenizer() if tokenizer else None
-    async with ReplicaPool(ClusterSettings(**options), tokenizer=known, key=key) as pool:
+    known = (null_tokenizer() if tokenizer else None) if isinstance(tokenizer, bool) else tokenizer
+    settings = ClusterSettings(**options)
+    async with ReplicaPool(settings, tokenizer=known, key=key, resume=resume, silence_s=silence_s) as pool:
         pool.update({f"r{number}": url for number, url in enumerate(urls)})
-        await until(lambda: len(pool.up()) == len(urls))
+        await until(lambda: len(pool.up()) == (len(urls) if up is None else up))
         yield pool
 
 
@@ -77,6 +85,7 @@ class Answers:
         self.answer = answer
         self.tokenize = tokenize
         self.asked = 0
+        self.canaries = 0
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[bytes, bytes]] = []
 
@@ -89,17 +98,20 @@ class Answers:
             return await JSONResponse({"data": [{"id": "other", "max_model_len": 64}]})(scope, receive, send)
         if scope["path"] == "/tokenize" and self.tokenize is not None:
             return await JSONResponse(self.tokenize)(scope, receive, send)
-        if scope["path"] in (GENERATE, "/tokenize"):
+        if scope["path"] in (GENERATE, "/tokenize", "/metrics"):
             return await PlainTextResponse("nothing here", 404)(scope, receive, send)
-        if scope["path"] == "/metrics" or json.loads(body).get("prompt") == [1]:
+        if json.loads(body).get("prompt") == [1]:
+            self.canaries += 1
             return await JSONResponse({})(scope, receive, send)
         self.asked += 1
         self.seen.append(json.loads(body))
         return await self.answer(scope, receive, send)
 
 
-def streaming(*parts: bytes, then: Exception | None = None, kind: str = "text/event-stream") -> ASGIApp:
-    """Sends these bytes, and breaks the connection if `then` says so."""
+def streaming(
+    *parts: bytes, then: Exception | None = None, never: bool = False, kind: str = "text/event-stream"
+) -> ASGIApp:
+    """Sends these bytes, and breaks the connection if `then` says so, or is silent from there on (`never` ends)."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", kind.encode())]
@@ -109,6 +121,8 @@ def streaming(*parts: bytes, then: Exception | None = None, kind: str = "text/ev
             await asyncio.sleep(0.02)
         if then is not None:
             raise then
+        if never:
+            await asyncio.sleep(60)
         await send({"type": "http.response.body", "body": b""})
 
     return answer

@@ -10,17 +10,16 @@ from starlette.types import ASGIApp
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
 from benchmarks.null_port import NullEnginePort
-from benchmarks.null_tokenizer import backend, null_tokenizer
+from benchmarks.null_tokenizer import backend
 from benchmarks.null_tokens import BOS, SPECIAL, prompt_ids
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import RequestError, UpstreamLost
-from synthia_vllm.replicas.upstreams import Upstreams
 from synthia_vllm.settings import PromptSettings
 from tests.gateway.asgi import post
 from tests.gateway.stack import Stack
 from tests.gateway.whole import BODIES, CHAT, COMPLETIONS
-from tests.replicas.engines import Answers, Live, asking, count_of, event, read, reply_to, streaming, text_of
+from tests.replicas.engines import Answers, Live, asking, count_of, event, pool_of, read, reply_to, streaming, text_of
 
 DONE = b"data: [DONE]\n\n"
 STOP = {"text": "", "finish_reason": "stop"}
@@ -28,8 +27,8 @@ STOP = {"text": "", "finish_reason": "stop"}
 
 async def ask(live: Live, answer: ASGIApp, **sampling: Any) -> tuple[list[Delta], dict[str, Any]]:
     engine = Answers(answer)
-    async with Upstreams([live(engine)], tokenizer=null_tokenizer()) as upstreams:
-        deltas = await read(upstreams, asking(**sampling))
+    async with pool_of(live(engine)) as pool:
+        deltas = await read(pool, asking(**sampling))
     return deltas, engine.seen[-1]
 
 
@@ -53,9 +52,9 @@ async def test_what_other_engines_know_under_another_name_is_translated(live: Li
 
 async def test_the_asked_name_goes_on_where_the_engine_knows_it(live: Live) -> None:
     engine = Answers(streaming(event(STOP)))
-    async with Upstreams([live(engine)]) as upstreams:
+    async with pool_of(live(engine), tokenizer=False) as pool:
         for name in ("other", "synthia", ""):
-            await read(upstreams, asking(ids=False, model=name))
+            await read(pool, asking(ids=False, model=name))
     assert [one["model"] for one in engine.seen] == ["other"] * 3
 
 
@@ -99,8 +98,8 @@ async def test_logprobs_are_named_by_text(live: Live) -> None:
 @pytest.mark.parametrize("form", ["crlf", "split", "ids"])
 async def test_streams_are_read_however_they_are_written(live: Live, form: Any) -> None:
     engine = NullEngine(generate_route=False, numbered=True, faults=Faults(sse=form))
-    async with Upstreams([live(engine)]) as upstreams:
-        deltas = await read(upstreams, asking(ids=False))
+    async with pool_of(live(engine), tokenizer=False) as pool:
+        deltas = await read(pool, asking(ids=False))
     assert (text_of(deltas), count_of(deltas), deltas[-1].finish) == (reply_to(), 12, "length")
 
 
@@ -167,11 +166,11 @@ async def test_a_chat_sent_as_text_has_the_same_ids_as_one_asked_directly(
     engine = NullEnginePort(tokenizer="null" if own_bos else without_own_bos())
     direct = Stack(engine, prompt=PromptSettings(style=style))
     key = {"x-api-key": "sk-alice"}
-    async with Upstreams([live(direct.app)], key="sk-alice") as upstreams:
-        before = Stack(upstreams, prompt=PromptSettings(style=style))
+    async with pool_of(live(direct.app), tokenizer=False, key="sk-alice") as pool:
+        before = Stack(pool, prompt=PromptSettings(style=style))
         for stack in (before, direct):
             assert (await post(stack.app, BODIES[CHAT], path=CHAT, headers=key)).status == 200
-    through, asked = (list(generation.prompt) for generation in engine.seen)
+    through, asked = (list(generation.prompt) for generation in engine.seen if generation.prompt != [1])
     assert through == asked
     assert through.count(BOS) == 1
 
@@ -179,18 +178,17 @@ async def test_a_chat_sent_as_text_has_the_same_ids_as_one_asked_directly(
 @pytest.mark.parametrize("own_bos", [True, False])
 async def test_a_completion_sent_as_text_has_the_tokens_of_the_tokenizers_own_rule(live: Live, own_bos: bool) -> None:
     engine = NullEnginePort(tokenizer="null" if own_bos else without_own_bos())
-    async with Upstreams([live(Stack(engine).app)], key="sk-alice") as upstreams:
-        told = await post(
-            Stack(upstreams).app, BODIES[COMPLETIONS], path=COMPLETIONS, headers={"x-api-key": "sk-alice"}
-        )
+    async with pool_of(live(Stack(engine).app), tokenizer=False, key="sk-alice") as pool:
+        told = await post(Stack(pool).app, BODIES[COMPLETIONS], path=COMPLETIONS, headers={"x-api-key": "sk-alice"})
     assert told.status == 200
-    assert list(engine.seen[-1].prompt) == prompt_ids("Hello", bos=own_bos)
+    (asked,) = (generation.prompt for generation in engine.seen if generation.prompt != [1])  # but for canaries
+    assert list(asked) == prompt_ids("Hello", bos=own_bos)
 
 
 @pytest.mark.parametrize("answer", [[5], [], {}, {"tokens": "x"}, {"tokens": [7]}, {"tokens": [7], "token_strs": []}])
 async def test_a_chat_goes_as_it_is_to_an_engine_that_tells_nothing_of_its_bos(live: Live, answer: Any) -> None:
     engine = Answers(streaming(event({"text": "a"}), event(STOP), DONE), tokenize=answer)
-    async with Upstreams([live(engine)]) as upstreams:
-        told = await post(Stack(upstreams).app, BODIES[CHAT], path=CHAT, headers={"x-api-key": "sk-alice"})
+    async with pool_of(live(engine), tokenizer=False) as pool:
+        told = await post(Stack(pool).app, BODIES[CHAT], path=CHAT, headers={"x-api-key": "sk-alice"})
     assert told.status == 200
     assert engine.seen[-1]["prompt"] == "USER: Hello\nASSISTANT:"

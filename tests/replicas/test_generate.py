@@ -15,7 +15,6 @@ from synthia_vllm.replicas.completions import CompletionsReply
 from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.generate import GenerateReply
 from synthia_vllm.replicas.transcript import Transcript
-from synthia_vllm.replicas.upstreams import Upstreams
 from tests.replicas.engines import (
     GENERATE,
     Answers,
@@ -23,6 +22,7 @@ from tests.replicas.engines import (
     asking,
     body_of,
     count_of,
+    pool_of,
     read,
     reply_to,
     streaming,
@@ -84,8 +84,8 @@ def test_vllm_reads_all_of_a_completion() -> None:
 
 @pytest.mark.parametrize("wanted", [0, 1, 3])
 async def test_as_many_logprobs_come_as_were_asked_for(live: Live, wanted: int) -> None:
-    async with Upstreams([live(NullEngine())], tokenizer=null_tokenizer()) as upstreams:
-        deltas = await read(upstreams, asking(logprobs=wanted))
+    async with pool_of(live(NullEngine())) as pool:
+        deltas = await read(pool, asking(logprobs=wanted))
     places = [place for delta in deltas for place in delta.logprobs or ()]
     assert len(places) == 12
     assert {len(place.top) for place in places} == {max(1, wanted)}
@@ -94,8 +94,8 @@ async def test_as_many_logprobs_come_as_were_asked_for(live: Live, wanted: int) 
 
 
 async def test_a_prompts_logprobs_come_with_the_reply(live: Live) -> None:
-    async with Upstreams([live(NullEngine(cached=2))], tokenizer=null_tokenizer()) as upstreams:
-        (delta,) = await read(upstreams, asking(prompt_logprobs=2))
+    async with pool_of(live(NullEngine(cached=2))) as pool:
+        (delta,) = await read(pool, asking(prompt_logprobs=2))
     assert (delta.text, len(delta.ids), delta.finish, delta.cached) == (reply_to(), 12, "length", 2)
     assert delta.prompt_logprobs is not None
     first, *others = delta.prompt_logprobs
@@ -106,27 +106,27 @@ async def test_a_prompts_logprobs_come_with_the_reply(live: Live) -> None:
 
 
 async def test_cached_tokens_are_told(live: Live) -> None:
-    async with Upstreams([live(NullEngine(cached=2))], tokenizer=null_tokenizer()) as upstreams:
-        deltas = await read(upstreams)
+    async with pool_of(live(NullEngine(cached=2))) as pool:
+        deltas = await read(pool)
     assert [delta.cached for delta in deltas if delta.cached is not None] == [2]
 
 
 async def test_an_end_by_eos_or_by_a_stop_token_is_told_apart(live: Live) -> None:
     words = null_tokenizer()
     engine = NullEngine(reply_tokens=3)
-    async with Upstreams([live(engine)], tokenizer=words) as upstreams:
-        deltas = await read(upstreams)
+    async with pool_of(live(engine), tokenizer=words) as pool:
+        deltas = await read(pool)
         assert (text_of(deltas), count_of(deltas)) == (reply_to(tokens=3), 4)
         assert (deltas[-1].finish, deltas[-1].stop_reason) == ("stop", None)
         ids = [token for delta in deltas for token in delta.ids]
-        deltas = await read(upstreams, asking(stop_token_ids=(ids[1],)))
+        deltas = await read(pool, asking(stop_token_ids=(ids[1],)))
     assert (text_of(deltas), deltas[-1].finish, deltas[-1].stop_reason) == (reply_to(tokens=1), "stop", ids[1])
 
 
 async def test_a_stop_string_is_the_end_of_the_text(live: Live) -> None:
     stop = reply_to(tokens=3)[-6:-1]  # ends inside the third token
-    async with Upstreams([live(NullEngine())], tokenizer=null_tokenizer()) as upstreams:
-        deltas = await read(upstreams, asking(stop=("never", stop)))
+    async with pool_of(live(NullEngine())) as pool:
+        deltas = await read(pool, asking(stop=("never", stop)))
     assert (text_of(deltas), count_of(deltas)) == (reply_to(tokens=3)[:-1], 3)
     assert (deltas[-1].finish, deltas[-1].stop_reason) == ("stop", stop)
 
@@ -143,8 +143,8 @@ async def test_an_end_that_vllm_sends_no_chunk_for_is_known_by_the_count(live: L
         answer = stream if await body_of(receive) != b"{}" else PlainTextResponse("token_ids is missing", 400)
         return await answer(scope, receive, send)
 
-    async with Upstreams([live(vllm)], tokenizer=null_tokenizer()) as upstreams:
-        deltas = await read(upstreams, asking(max_tokens=2))
+    async with pool_of(live(vllm), resume=False) as pool:
+        deltas = await read(pool, asking(max_tokens=2))
         assert (count_of(deltas), deltas[-1].finish) == (2, "length")
         with pytest.raises(UpstreamLost, match="before its end"):
-            await read(upstreams, asking(max_tokens=3))
+            await read(pool, asking(max_tokens=3))

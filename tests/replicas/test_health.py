@@ -36,7 +36,7 @@ synthia_max_num_batched_tokens{engine="0"} 2048.0
 
 def replica(*prompts: int, tells: bool = True) -> Replica:
     """With requests that wait for their first byte."""
-    found = Replica("r", Endpoint("http://r"), Health(PATIENCE, 0.0), state="up")
+    found = Replica("r", Endpoint("http://r", vllm=True), Health(PATIENCE, 0.0), state="up")
     if tells:
         found.health.told(Counters(0, (0.0,)), 0.0)
     for tokens in prompts:
