@@ -5,11 +5,13 @@ SynthiaError
 │   ├── MalformedBody (400)     not JSON, not UTF-8, not an object
 │   ├── Unauthorized (401)      no key, or one that is not known, revoked or expired
 │   ├── Forbidden (403)         a key that does not open this
+│   ├── ForeignOrigin (403)     a page of another website asks
 │   ├── NotFound (404)          no such route
 │   ├── MethodNotAllowed (405)
 │   ├── BodyTimeout (408)       the body did not arrive in time
 │   ├── BodyTooLarge (413)
 │   ├── UnsupportedMedia (415)  a body in a form that is not read here
+│   ├── Misdirected (421)       a request for another server's name
 │   ├── ModelNotFound (404)     no model of that name is served
 │   ├── ContextTooLong (400)    prompt and reply don't fit the model's context
 │   ├── LimitExceeded (429)     this user's limit; tells when to come back
@@ -71,6 +73,33 @@ class Forbidden(RequestError):
     status = 403
     code = "permission_denied"
     reason = "forbidden"
+
+
+class ForeignOrigin(RequestError):
+    """A page of another website asks a server that needs no key."""
+
+    status = 403
+    code = "foreign_origin"
+    reason = "foreign_origin"
+
+    def __init__(self, origin: str) -> None:
+        super().__init__(
+            f"pages of {origin[:100]!r} may not ask this server, which needs no key; add --cors-origins {origin[:100]} "
+            "if they may",
+            param="Origin",
+        )
+
+
+class Misdirected(RequestError):
+    """The request is for a name that is not this server's."""
+
+    status = 421
+    code = "misdirected_request"
+    reason = "misdirected"
+
+    def __init__(self, host: str) -> None:
+        name = host[:100].rpartition(":")[0] or host[:100]
+        super().__init__(f"this server does not answer as {host[:100]!r}; add --access.hosts {name}", param="Host")
 
 
 class NotFound(RequestError):

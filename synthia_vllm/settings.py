@@ -7,15 +7,18 @@ credentials, Kubernetes' and Docker's secrets are.
 
 import difflib
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    IPvAnyNetwork,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -36,11 +39,18 @@ from pydantic_settings import (
 from synthia_vllm.config_file import read_config
 from synthia_vllm.errors import SetupError
 from synthia_vllm.prompt import MarkerPolicy, Style
+from synthia_vllm.secret_urls import open_url, redis_url, without
 
 CONFIG_VARIABLE = "SYNTHIA_CONFIG"
 SECRETS_VARIABLE = "SYNTHIA_SECRETS"
-_SECRET = ("--access.secret", "--upstream-key")  # never told
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Untold:
+    """Of a field whose value is in the open where it is right; a wrong one may be a secret, and is not repeated."""
+
+
+Url = Annotated[str, AfterValidator(open_url), Untold]
 
 
 class PromptSettings(BaseModel):
@@ -55,6 +65,13 @@ class PromptSettings(BaseModel):
     role_markers: Annotated[
         MarkerPolicy, Field(description="what to do with USER: and the like inside what a user writes")
     ] = "allow"
+    cache_sharing: Annotated[
+        Literal["all", "group", "user"],
+        Field(
+            description="who finds whose beginnings in the engine's prefix cache: all; group: users alike up to the "
+            "first `:` of their names; user: each his own"
+        ),
+    ] = "user"
 
 
 class EngineSettings(BaseModel):
@@ -99,7 +116,7 @@ class AccessSettings(BaseModel):
         ),
     ] = "auto"
     database: Annotated[
-        str | None,
+        SecretStr | None,
         Field(
             description="SQLAlchemy URL of keys and usage (default: SQLite in the data folder); PostgreSQL: "
             "postgresql+psycopg://user@host/name"
@@ -111,6 +128,30 @@ class AccessSettings(BaseModel):
             description="what key hashes are keyed with (default: made once, in the data folder); the same everywhere"
         ),
     ] = None
+    hosts: Annotated[
+        list[Annotated[str, Field(pattern=r"^([^\s/:]+|[0-9A-Fa-f:]+)$")]],
+        Field(
+            description="names, such as synthia.example.com, that a request's Host may have; may be given several "
+            "times (default: any with keys, without keys this machine's own)"
+        ),
+    ] = []
+    proxies: Annotated[
+        list[IPvAnyNetwork],
+        Field(
+            description="addresses or networks of proxies whose X-Forwarded-For is believed; may be given several times"
+        ),
+    ] = []
+    max_connections: Annotated[
+        PositiveInt,
+        Field(description="open at once; beyond, the longest idle is closed, then the one longest without a request"),
+    ] = 16384
+    max_connections_per_address: Annotated[
+        PositiveInt,
+        Field(
+            description="of one client (of IPv6, a network of /64); not of this machine and of proxies, whose "
+            "clients' requests count instead"
+        ),
+    ] = 4096
 
 
 class LimitsSettings(BaseModel):
@@ -119,11 +160,15 @@ class LimitsSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     redis: Annotated[
-        str | None, Field(description="redis://… shared by several gateways (default: counted in this process)")
+        Annotated[SecretStr, AfterValidator(redis_url)] | None,
+        Field(description="redis://… shared by several gateways (default: counted in this process)"),
     ] = None
-    on_redis_loss: Annotated[
+    on_loss: Annotated[
         Literal["closed", "local"],
-        Field(description="closed: refuse with 503 while Redis is gone; local: each gateway counts for itself"),
+        Field(
+            description="while Redis is gone, or the database that knows what a month has used: closed: refuse with "
+            "503; local: each gateway counts for itself, and a month that is not known passes"
+        ),
     ] = "local"
     requests_per_minute: Annotated[PositiveInt | None, Field(description="default for users without their own")] = None
     tokens_per_minute: Annotated[PositiveInt | None, Field(description="default for users without their own")] = None
@@ -147,14 +192,24 @@ class FairSettings(BaseModel):
     max_in_flight_requests: Annotated[
         PositiveInt | None, Field(description="requests the engine runs at once (default: its max_num_seqs)")
     ] = None
+    gateways: Annotated[
+        PositiveInt | None,
+        Field(
+            description="`gateway` only: gateways before the same engines, each fills its part of them (default: as "
+            "many as limits.redis knows of, without it this one alone); those that Redis knows beyond it count too"
+        ),
+    ] = None
     max_queued_requests: Annotated[PositiveInt, Field(description="more are refused with 503")] = 2048
     max_queued_tokens: Annotated[PositiveInt, Field(description="more are refused with 503")] = 4_000_000
     max_wait_s: Annotated[
         PositiveFloat, Field(description="longest wait in the queue; X-Queue-Timeout-S can shorten it")
     ] = 60.0
     batch_ageing_s: Annotated[
-        PositiveFloat, Field(description="a batch request that waited so long goes before interactive ones")
+        PositiveFloat, Field(description="a batch request that waited so long claims batch's share of the service")
     ] = 30.0
+    batch_share: Annotated[
+        float, Field(gt=0, lt=1, description="of the service, once batch claims it beside interactive")
+    ] = 0.1
 
 
 class LogSettings(BaseModel):
@@ -174,9 +229,12 @@ class TimeoutSettings(BaseModel):
 
     headers: Annotated[PositiveFloat, Field(description="from the connection's start to the end of the headers")] = 10.0
     body: Annotated[PositiveFloat, Field(description="without another byte of the body")] = 20.0
+    write: Annotated[PositiveFloat, Field(description="without a client taking any of its reply")] = 60.0
     idle: Annotated[PositiveFloat, Field(description="between two requests on a connection")] = 30.0
     upstream_connect: Annotated[PositiveFloat, Field(description="to connect to an upstream")] = 5.0
-    upstream_read: Annotated[PositiveFloat, Field(description="without another byte from an upstream")] = 300.0
+    upstream_read: Annotated[
+        PositiveFloat, Field(description="without another byte from an upstream that is no vLLM; of vLLM, see cluster")
+    ] = 300.0
 
 
 class ClusterSettings(BaseModel):
@@ -257,7 +315,11 @@ class ClusterSettings(BaseModel):
         ),
     ] = None
     start_wait_s: Annotated[
-        PositiveFloat, Field(description="longest that a request waits while there is no replica at all")
+        PositiveFloat,
+        Field(
+            description="longest that a request waits while there is no replica at all; `gateway`: as "
+            "--fair.max-wait-s, if not set"
+        ),
     ] = 600.0
     max_generation_s: Annotated[PositiveFloat, Field(description="longest that one reply may take")] = 600.0
     drain_s: Annotated[
@@ -326,7 +388,7 @@ class TracingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     otlp_endpoint: Annotated[
-        str | None, Field(description="an OTLP collector: http://HOST:4317 (gRPC) or http://HOST:4318/v1/traces (HTTP)")
+        Url | None, Field(description="an OTLP collector: http://HOST:4317 (gRPC) or http://HOST:4318/v1/traces (HTTP)")
     ] = None
     protocol: Annotated[
         Literal["grpc", "http/protobuf"], Field(description="how the collector is spoken to, ours and vLLM's spans")
@@ -363,7 +425,7 @@ class DeploySettings(BaseModel):
         bool, Field(description="Kubernetes without Ray: one server a pod, scaled by KEDA to cluster.max-replicas")
     ] = False
     gcs_redis: Annotated[
-        str | None,
+        Annotated[str, Untold] | None,
         Field(
             pattern=r"^[^\s:/@]+:\d+$",
             description="Redis, HOST:PORT, in which Ray's head keeps what it knows: one that is lost comes back to its "
@@ -391,6 +453,7 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         cli_prog_name="synthia-vllm serve",
         protected_namespaces=(),
+        hide_input_in_errors=True,
     )
 
     config: Annotated[
@@ -404,7 +467,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
     insecure: Annotated[bool, Field(description="allow an address that others can reach, without keys")] = False
     upstream: Annotated[
-        list[str], Field(description="`gateway` only: URL of an OpenAI-compatible engine; may be given several times")
+        list[Url], Field(description="`gateway` only: URL of an OpenAI-compatible engine; may be given several times")
     ] = []
     upstream_key: Annotated[
         SecretStr | None, Field(description="`gateway` only: API key that the engines themselves ask for")
@@ -412,10 +475,10 @@ class Settings(BaseSettings):
     resume: Annotated[
         bool,
         Field(
-            description="`gateway` only: the engines are vLLM with one and the same model: a reply whose engine is "
-            "lost goes on from another"
+            description="`gateway` only: a reply whose engine is lost goes on from another, where they are vLLM; all "
+            "of them have one and the same model"
         ),
-    ] = False
+    ] = True
     tokenizer: Annotated[
         str | None,
         Field(
@@ -467,6 +530,35 @@ class Settings(BaseSettings):
         return tuple(sources)
 
 
+def fields_with(wanted: Any, model: type[BaseModel] = Settings) -> list[tuple[str, ...]]:
+    """Paths of all settings whose type mentions something: `SecretStr` for those that hold a secret."""
+
+    def mentions(annotation: Any) -> bool:
+        return annotation is wanted or any(mentions(part) for part in get_args(annotation))
+
+    found: list[tuple[str, ...]] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += [(name, *path) for path in fields_with(wanted, field.annotation)]
+        elif mentions(field.annotation):
+            found.append((name,))
+    return found
+
+
+SECRETS = tuple(fields_with(SecretStr))  # never written down: they come as files, or by the environment
+
+
+def dump(settings: Settings, **which: Any) -> dict[str, Any]:
+    """What differs from the defaults, as JSON has it, less the secrets; `which` is pydantic's include and exclude."""
+    dumped: dict[str, Any] = settings.model_dump(mode="json", exclude_defaults=True, **which)
+    for *groups, name in SECRETS:
+        within = dumped
+        for group in groups:
+            within = within.get(group, {})
+        within.pop(name, None)
+    return {key: value for key, value in dumped.items() if value != {}}
+
+
 def refuse_gateways_options(settings: Settings, prog: str) -> None:
     """For a command that loads its own engine. Raises SetupError where engines elsewhere are named."""
     for name in ("upstream", "upstream_key", "resume", "tokenizer"):
@@ -497,7 +589,7 @@ def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve")
         raise SetupError("\n".join(_explain(problem) for problem in error.errors())) from None
     except SettingsError as error:  # a command line or a variable that can't be read at all
         cause = f": {error.__cause__}" if error.__cause__ else ""
-        raise SetupError(f"{str(error).removeprefix('error parsing CLI: ')}{cause}") from None
+        raise SetupError(without(f"{str(error).removeprefix('error parsing CLI: ')}{cause}", argv)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"{SECRETS_VARIABLE} {secrets}: {error}") from None
 
@@ -507,11 +599,15 @@ def _parse(parser: ArgumentParser, argv: Sequence[str], namespace: Namespace | N
     found, unknown = parser.parse_known_args(argv, namespace)
     if unknown:
         options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        raise SetupError("\n".join(map(_no_such, options)) or f"{unknown[0]!r} belongs to no option; see --help")
+        raise SetupError(
+            "\n".join(map(_no_such, options)) or without(f"{unknown[0]!r} belongs to no option; see --help", unknown)
+        )
     return found
 
 
 def _no_such(option: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", option):  # it may be a URL with its password
+        return "a value stands where the name of an option should be; see --help"
     usual = option.replace("_", "-").lower()
     options = list(_options(Settings))
     below = [it for it in options if it.endswith(f".{usual.lstrip('-')}")]  # its group was left out
@@ -546,5 +642,7 @@ def _explain(problem: object) -> str:
     if problem["type"] == "extra_forbidden":
         return _no_such(option)
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    value = "" if option in _SECRET else f" {problem['input']!r}"
-    return f"{option}{value}: {message}"
+    told = tuple(str(part) for part in problem["loc"])
+    kept = any(path[: len(told)] == told[: len(path)] for path in (*fields_with(SecretStr), *fields_with(Untold)))
+    value = "" if kept else without(f" {problem['input']!r}", [str(problem["input"])])
+    return f"{option}{value}: {message.removeprefix('value error, ')}"

@@ -24,6 +24,7 @@ hypothesis.settings.load_profile("synthia")
 
 pytest_plugins = [
     "tests.chromium_service",
+    "tests.clock_service",
     "tests.otlp_collector",
     "tests.redis_service",
     "tests.services",

@@ -46,6 +46,7 @@ class Asker:
     id: str  # of the request, unique
     user: str
     session: str = ""  # X-Session-Id
+    salt: Callable[[str | None], str | None] = lambda given: None  # of the prefix cache; `given` is the client's own
     created: int = 0  # Unix time, seconds
     on_attempt: Callable[[str], Mapping[str, str]] = lambda replica: {}  # for each Generation
 

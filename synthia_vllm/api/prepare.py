@@ -63,6 +63,7 @@ def put_together(
     request: SamplingFields, asker: Asker, asked: Sequence[tuple[Prompt, list[Sampling], Affinity]], reply: Reply
 ) -> Prepared:
     """A request for all of these prompts, each with the sampling of its replies."""
+    salt = asker.salt(request.cache_salt)
     each = [(prompt, sampling, affinity) for prompt, samplings, affinity in asked for sampling in samplings]
     sequences = [
         Generation(
@@ -71,7 +72,7 @@ def put_together(
             text=prompt.text,
             sampling=sampling,
             model=request.model or "",
-            salt=request.cache_salt,
+            salt=salt,
             affinity=affinity,
             on_attempt=asker.on_attempt,
         )

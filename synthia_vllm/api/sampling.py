@@ -16,8 +16,8 @@ MAX_LOGPROBS = 20  # vLLM's `--max-logprobs` by default, and OpenAI's own bound
 MAX_SCHEMA_BYTES = 256 * 1024
 UNKNOWN_CONTEXT_LENGTH = 1024  # of a reply without a wish, where nobody knows how much room there is
 _INT64_MAX = 2**63 - 1
-# What of vLLM's `vllm_xargs` is not the client's: how engines hand caches on, and how replies are resumed.
-_OWN_XARGS = ("kv_transfer", "ec_transfer", "synthia")
+# What of vLLM's `vllm_xargs` is not the client's: how engines hand caches on, who shares them, how replies are resumed.
+_OWN_XARGS = ("kv_transfer", "ec_transfer", "cache_salt", "synthia")
 
 Count = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 CountOrNone = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]

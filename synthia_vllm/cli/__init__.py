@@ -1,5 +1,6 @@
 """The command `synthia-vllm`: one module a command, imported when it is run."""
 
+import io
 import sys
 
 import click
@@ -46,7 +47,11 @@ def main() -> None:
     try:
         cli(own, prog_name="synthia-vllm", standalone_mode=False, obj=vllm_options)
     except click.ClickException as error:
-        error.show()
+        from synthia_vllm.secret_urls import without
+
+        told = io.StringIO()
+        error.show(told)
+        click.echo(without(told.getvalue(), sys.argv[1:]), err=True, nl=False)
         sys.exit(error.exit_code)
     except SynthiaError as error:
         click.echo(f"synthia-vllm: {error}", err=True)

@@ -115,7 +115,7 @@ def config_text(settings: Settings, vllm_options: Sequence[str]) -> str:
     lines = [
         "The environment that every node of Ray needs when it starts:",
         *(f"  {line}" for line in environment),
-        "Secrets, given to every node in the same way and never in this file. The first has to be the same everywhere:",
+        "Secrets, given to every node in the same way and never in this file. access.secret is the same everywhere:",
         *(f"  {line}" for line in secrets),
     ]
     comment = "\n".join(f"# {line}".rstrip() for line in lines)

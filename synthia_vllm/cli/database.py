@@ -15,6 +15,7 @@ from rich.text import Text
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.store.inputs import end_time, unix_time
+from synthia_vllm.secret_urls import reveal
 from synthia_vllm.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def open_from(database: str | None, *, read_only: bool = False) -> tuple["Engine
     from synthia_vllm.gateway.store.database import open_database
 
     settings = load_settings([])
-    return open_database(database or settings.access.database, read_only=read_only), settings
+    return open_database(database or reveal(settings.access.database), read_only=read_only), settings
 
 
 def span(text: str) -> float | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from synthia_vllm.cli.gateway import serve_before_engines
+from synthia_vllm.secret_urls import reveal
 from synthia_vllm.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -41,11 +42,10 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.edge.routes import Routes
     from synthia_vllm.metrics.exporter import MetricsRoutes
     from synthia_vllm.metrics.sidecar import Sidecar
-    from synthia_vllm.replicas.upstreams import Upstreams
+    from synthia_vllm.replicas.http import own_headers
 
     key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
-    engines = Upstreams(settings.upstream, key=key)  # checks the URLs; nothing is sent through it
-    sidecar = Sidecar(settings.upstream, headers=engines.headers, wait=settings.metrics.replica_wait_s)
+    sidecar = Sidecar(settings.upstream, headers=own_headers(key), wait=settings.metrics.replica_wait_s)
     needed = keys_required(settings)
     async with sidecar, _keys(settings, needed) as lookup:
         access = Access(None, lookup=lookup, keys_required=needed, metrics=MetricsRoutes(sidecar))
@@ -66,13 +66,14 @@ async def _keys(settings: Settings, needed: bool) -> "AsyncIterator[Lookup]":
     from synthia_vllm.gateway.store.database import open_database
     from synthia_vllm.gateway.store.key_cache import KeyCache
     from synthia_vllm.gateway.store.keys import KeyStore, load_secret
+    from synthia_vllm.supervise import supervise
 
     if not needed:
         yield nobody
         return
-    database = open_database(settings.access.database)
+    database = open_database(reveal(settings.access.database))
     keys = KeyCache(KeyStore(database, load_secret(settings)))
-    watch = asyncio.create_task(keys.watch())
+    watch = supervise("key_watch", keys.watch)
     try:
         yield keys.lookup
     finally:

@@ -27,6 +27,7 @@ def command(user: str | None, since: str | None, until: str | None, by: str, for
     show([{by: row.name, **asdict(row)} for row in rows], [by, *_COLUMNS], form)
     for gap in gaps(engine, start, end):
         click.echo(
-            f"A server ended without a word: what it served after {iso_time(gap.since)} may be missing.",
+            f"A server ended without a word: what it served after {iso_time(gap.since)} may be missing. "
+            f"Under way then: {gap.requests} requests with {gap.tokens} tokens, {gap.tokens_most} at most.",
             err=True,
         )

@@ -7,13 +7,14 @@ options of the deployments, which Serve changes while they run.
 import math
 import os
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic import SecretStr
-
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import ClusterSettings, Settings
+from synthia_vllm.secret_urls import reveal
+from synthia_vllm.settings import SECRETS as SETTINGS_SECRETS
+from synthia_vllm.settings import ClusterSettings, Settings, dump
 
 ENGINE, GATEWAY = "engine", "gateway"  # the applications
 ENGINE_ROUTE = "/engine"
@@ -27,11 +28,8 @@ _NOT_OF_GATEWAYS = ("accelerator", "address", "replicas", "surge", "cpus_per_rep
 _BOUNDS = ("min_replicas", "max_replicas")
 _ENGINE_FIELDS_OF_GATEWAYS = ("max_model_len", "dtype")  # how long prompts may be
 # Given to Ray's nodes in their environment, never written into a config: Serve shows those to everyone who asks.
-SECRETS = {
-    "SYNTHIA_ACCESS__SECRET": ("access", "secret"),
-    "SYNTHIA_ACCESS__DATABASE": ("access", "database"),
-    "SYNTHIA_LIMITS__REDIS": ("limits", "redis"),
-}
+# No key of engines elsewhere: a cluster's are its own.
+SECRETS = {f"SYNTHIA_{'__'.join(path).upper()}": path for path in SETTINGS_SECRETS if path != ("upstream_key",)}
 _HARD_STOP = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
 _SWITCHES = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING")
 # From the decision to stop a replica until its port closes: our gateways hear of it within a tenth of a second, HAProxy
@@ -153,10 +151,10 @@ def check_environment(settings: Settings, environment: Mapping[str, str] = os.en
 def secrets_of(settings: Settings) -> dict[str, str]:
     """The environment variables that carry what no config may hold; only those that are set."""
     found = {}
-    for variable, (group, name) in SECRETS.items():
-        value = getattr(getattr(settings, group), name)
+    for variable, path in SECRETS.items():
+        value = reveal(attrgetter(".".join(path))(settings))
         if value is not None:
-            found[variable] = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+            found[variable] = value
     return found
 
 
@@ -181,13 +179,11 @@ def _gateway_settings(settings: Settings) -> dict[str, Any]:
 
 def _dump(settings: Settings) -> dict[str, Any]:
     """What differs from the defaults, without the secrets, paths made absolute: a replica has another folder."""
-    dumped: dict[str, Any] = settings.model_dump(mode="json", exclude_defaults=True, exclude={"config", "deploy"})
-    for group, name in SECRETS.values():
-        dumped.get(group, {}).pop(name, None)
+    dumped = dump(settings, exclude={"config", "deploy"})
     for key in ("model", "tokenizer"):
         if dumped.get(key) and Path(dumped[key]).expanduser().is_dir():
             dumped[key] = str(Path(dumped[key]).expanduser().resolve())
-    return {key: value for key, value in dumped.items() if value != {}}
+    return dumped
 
 
 def _engine_options(cluster: ClusterSettings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.hardware import Machine, inspect_machine
 from synthia_vllm.engine.server import parse_arguments
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import Settings
+from synthia_vllm.settings import Settings, dump
 
 # One id for every model: it names the deployment (see config.ENGINE_DEPLOYMENT). Replicas answer to the others as well.
 MODEL_ID = "synthia"
@@ -163,7 +163,7 @@ def llm_config(
         callback_config={"callback_class": LocalModelCallback},
         experimental_configs={
             OWN_CONFIG: {
-                "settings": settings.model_dump(mode="json", exclude_defaults=True),
+                "settings": dump(settings),
                 "name": plan.name,
                 "shares_machine": not machine.gpus,
                 "keeps_cache": keeps_cache,

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-from dataclasses import replace
 
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,13 +13,14 @@ from synthia_vllm.cluster.guard import engine_key
 from synthia_vllm.cluster.load import Load, tell
 from synthia_vllm.engine.arguments import find_model
 from synthia_vllm.engine.memory import read_geometry
-from synthia_vllm.engine.port import Capacity
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.app import Gateway
+from synthia_vllm.gateway.fair.peers import share
 from synthia_vllm.gateway.observers.log import configure_logging
 from synthia_vllm.replicas.pool import ReplicaPool
-from synthia_vllm.settings import Settings
+from synthia_vllm.settings import Settings, dump
+from synthia_vllm.supervise import supervise
 
 # Our own queue bounds what comes in. This only has to be more, else requests would wait in Serve's, which is not fair.
 _UNBOUNDED = 1_000_000
@@ -38,7 +38,7 @@ def build_gateway(settings: Settings) -> serve.Application:
             "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
         },
     )
-    return deployment.bind(settings.model_dump(mode="json", exclude_defaults=True))
+    return deployment.bind(dump(settings))
 
 
 class GatewayReplica:
@@ -90,9 +90,10 @@ class ClusterGateway:
         await self._ending.enter_async_context(stack)
         pool.on_capacity = lambda capacity: stack.set_capacity(share(capacity, settings.cluster.gateways))
         name = f"{os.uname().nodename}-{os.getpid()}"
+        discovery = ServeDiscovery(ENGINE, ENGINE_ROUTE)
         tasks = [
-            asyncio.create_task(ServeDiscovery(ENGINE, ENGINE_ROUTE).run(pool.update)),
-            asyncio.create_task(tell(name, lambda: measure(stack, pool))),
+            supervise("discovery", lambda: discovery.run(pool.update)),
+            supervise("load", lambda: tell(name, lambda: measure(stack, pool))),
         ]
         self._ending.push_async_callback(_end, tasks)
         self._app = stack.app
@@ -109,15 +110,6 @@ class ClusterGateway:
         await receive()
         await self._ending.aclose()
         await send({"type": "lifespan.shutdown.complete"})
-
-
-def share(capacity: Capacity, gateways: int) -> Capacity:
-    """This gateway's part of what the replicas hold: Serve spreads requests evenly over gateways."""
-    return replace(
-        capacity,
-        tokens=None if capacity.tokens is None else max(1, capacity.tokens // gateways),
-        requests=None if capacity.requests is None else max(1, capacity.requests // gateways),
-    )
 
 
 def measure(stack: Gateway, pool: ReplicaPool) -> Load:

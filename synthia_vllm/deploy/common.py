@@ -3,11 +3,9 @@
 from typing import Any
 
 from synthia_vllm import __version__
-from synthia_vllm.settings import Settings
+from synthia_vllm.settings import Settings, dump
 
-# Given as files or by the environment, never written into a file of settings.
-_SECRETS: dict[str, Any] = {"upstream_key": True, "access": {"secret", "database"}, "limits": {"redis"}}
-_OF_RENDERING = {"config": True, "deploy": True}
+_OF_RENDERING = ("config", "deploy")
 
 
 def image(settings: Settings, flavour: str) -> str:
@@ -27,7 +25,4 @@ def in_cluster(settings: Settings, *, model: str, gpus: int) -> Settings:
 
 def settings_file(settings: Settings, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The settings that differ from the defaults, less the secrets, what is for rendering, and the groups named."""
-    dumped: dict[str, Any] = settings.model_dump(
-        mode="json", exclude_defaults=True, exclude=_SECRETS | _OF_RENDERING | dict.fromkeys(without, True)
-    )
-    return {key: value for key, value in dumped.items() if value != {}}
+    return dump(settings, exclude={*_OF_RENDERING, *without})

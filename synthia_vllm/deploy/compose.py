@@ -7,7 +7,7 @@ import yaml
 from synthia_vllm.deploy.common import image, settings_file
 from synthia_vllm.deploy.files import SHIPPED, Files, shipped, to_yaml
 from synthia_vllm.deploy.sizing import Sizing, size
-from synthia_vllm.settings import Settings
+from synthia_vllm.settings import Settings, dump
 
 _USER = "10001:10001"  # the Dockerfile's
 _ENGINE_PORT = 8001
@@ -62,9 +62,7 @@ def compose(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Obje
 
 def engine_settings(settings: Settings) -> Object:
     """What the engine's process reads. It has no keys of its own: its network is the gateway's alone."""
-    dumped: Object = settings.model_dump(
-        mode="json", exclude_defaults=True, include={"model", "prompt", "engine", "tracing", "drain_timeout"}
-    )
+    dumped: Object = dump(settings, include={"model", "prompt", "engine", "tracing", "drain_timeout"})
     own = {
         "host": "0.0.0.0",
         "port": _ENGINE_PORT,
@@ -73,7 +71,7 @@ def engine_settings(settings: Settings) -> Object:
         "page": False,
         "log_file": "-",
     }
-    return {key: value for key, value in dumped.items() if value != {}} | own
+    return dumped | own
 
 
 def gateway_settings(settings: Settings) -> Object:

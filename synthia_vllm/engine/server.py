@@ -14,6 +14,7 @@ from synthia_vllm.engine.vllm_seams import find
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.edge.listener import DrainingServer, settle_memory
 from synthia_vllm.settings import Settings
+from synthia_vllm.supervise import supervise
 
 _ENGINE_POLL_S = 0.5
 
@@ -52,7 +53,7 @@ async def _serve(
         if companion is not None:
             await beside.enter_async_context(companion(llm, args))
         settle_memory()
-        watch = asyncio.create_task(_watch_engine(llm, server))
+        watch = supervise("engine_watch", lambda: _watch_engine(llm, server))
         try:
             drained = await server.run_until_stopped(sock)
             return 0 if drained and not llm.errored else 1

@@ -13,7 +13,7 @@ from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.delivery import ClientLeft
 from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, read_body
-from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, request_ids, send_error, send_json
+from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, header, request_ids, send_error, send_json
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
@@ -121,6 +121,7 @@ class Access:
         if self.apis is None:
             raise NotFound(route)
         if exchange.method == "POST":
+            await self.apis.look(exchange, _length(scope))
             exchange.body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
             if exchange.body is None:
                 raise ClientLeft
@@ -199,6 +200,12 @@ def _new_exchange(scope: Scope, headers: dict[bytes, bytes]) -> Exchange:
         method=scope["method"],
         trace={key.decode(): headers[key].decode("latin-1") for key in _TRACE_HEADERS if key in headers},
     )
+
+
+def _length(scope: Scope) -> int | None:
+    """Of the body, as announced; None where that tells nothing, as of one that is coded."""
+    told = b"" if header(scope, b"content-encoding") else header(scope, b"content-length")
+    return int(told) if told.isdigit() else None
 
 
 def _outcome(exchange: Exchange, reply: RecordedReply) -> Outcome:

@@ -13,10 +13,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from synthia_vllm.api.errors import openai_form
-from synthia_vllm.errors import MethodNotAllowed, NotFound, Overloaded, RequestError, SynthiaError, UpstreamLost
+from synthia_vllm.errors import (
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    RequestError,
+    SetupError,
+    SynthiaError,
+    UpstreamLost,
+)
 from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME, Priority, UserLimits
 from synthia_vllm.gateway.store.inputs import MAX_GRACE_S, end_time, model_name, unix_time, user_name
-from synthia_vllm.gateway.store.keys import UnknownKey
+from synthia_vllm.gateway.store.keys import UnknownKey, UnknownUser
 from synthia_vllm.gateway.store.usage import usage
 
 if TYPE_CHECKING:
@@ -33,14 +41,11 @@ _Model = Annotated[str, AfterValidator(model_name)]
 _MOMENT: Any = {"description": "ISO 8601; without an offset it is UTC", "json_schema_extra": {"format": "date-time"}}
 
 
-class NewKey(BaseModel):
-    """A key to make, and what to set of its user; what is left out stays as it is."""
+class UserChange(BaseModel):
+    """What to set of a user; what is left out stays as it is, null takes it away again."""
 
     model_config = _STRICT
 
-    user: Annotated[str, Field(pattern=_NAME), AfterValidator(user_name)]
-    admin: bool = False
-    expires: Annotated[str | None, Field(**_MOMENT)] = None
     weight: Annotated[float, Field(ge=0.001, le=1000)] | None = None
     priority: Priority | None = None
     requests_per_minute: _Limit | None = None
@@ -48,6 +53,25 @@ class NewKey(BaseModel):
     concurrent_requests: _Limit | None = None
     tokens_per_month: _Limit | None = None
     models: Annotated[list[_Model], Field(min_length=1)] | None = None
+
+    def of_the_user(self) -> dict[str, Any]:
+        """In the store's words."""
+        names = UserChange.model_fields.keys() & self.model_fields_set
+        return {
+            "weight": self.weight,
+            "priority": self.priority,
+            "limits": UserLimits.of(self),
+            "models": self.models,
+            "unset": {name for name in names if getattr(self, name) is None},
+        }
+
+
+class NewKey(UserChange):
+    """A key to make, and what to set of its user."""
+
+    user: Annotated[str, Field(pattern=_NAME), AfterValidator(user_name)]
+    admin: bool = False
+    expires: Annotated[str | None, Field(**_MOMENT)] = None
 
 
 class Rotation(BaseModel):
@@ -87,10 +111,7 @@ def build_admin(gateway: "Gateway") -> FastAPI:
             new.user,
             admin=new.admin,
             expires=_moment("expires", new.expires, end_time),
-            weight=new.weight,
-            priority=new.priority,
-            limits=UserLimits.of(new),
-            models=new.models,
+            **new.of_the_user(),
         )
         return {"id": key_id, "key": key, **_warning(new.models or (), names)}
 
@@ -107,6 +128,10 @@ def build_admin(gateway: "Gateway") -> FastAPI:
     def list_users() -> list[Any]:
         return store.list_users()
 
+    @app.patch("/admin/users/{user}")
+    def change_user(user: str, change: UserChange) -> dict[str, Any]:
+        return store.change(user, **change.of_the_user())
+
     @app.get("/admin/usage")
     def show_usage(
         by: Literal["user", "day", "model"] = "user",
@@ -119,7 +144,8 @@ def build_admin(gateway: "Gateway") -> FastAPI:
         return [asdict(row) for row in rows]
 
     @app.exception_handler(UnknownKey)
-    async def unknown_key(request: Request, error: UnknownKey) -> JSONResponse:
+    @app.exception_handler(UnknownUser)
+    async def unknown(request: Request, error: SetupError) -> JSONResponse:
         return _answer(NotFound(request.scope["path"]))
 
     @app.exception_handler(SQLAlchemyError)

@@ -23,8 +23,10 @@ from synthia_vllm.api.tokens import Detokenize, Tokenize
 from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.port import Engine
 from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, UpstreamLost
+from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.delivery import Delivery
 from synthia_vllm.gateway.edge.replies import send_json
+from synthia_vllm.gateway.limits.layer import Arrivals
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import PromptSettings
@@ -35,10 +37,13 @@ MODELS = "/v1/models"
 # Bodies from this size on are read, rendered and tokenized in a thread: the event loop is everybody's.
 _NUMBER = re.compile(rb"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _LONG_BODY = 16 * 1024
+_WORK = 2048  # bytes of a body that are more work than a look at its user's limits
 
 T = TypeVar("T")
 # Told of each time that an engine is asked: the replica, and for which of the sequences. Gives the trace headers.
 Attempt = Callable[[Exchange, str, int], Mapping[str, str]]
+# What the engine's prefix cache is salted with, for whom and given a salt of the client's own.
+Salt = Callable[[Account, str | None], str | None]
 
 
 class Apis:
@@ -51,17 +56,26 @@ class Apis:
         prompt: PromptSettings,
         *,
         observers: Sequence[Observer] = (),
+        arrivals: Arrivals | None = None,
         on_attempt: Attempt = lambda exchange, replica, sequence: exchange.trace,
+        salt: Salt = lambda account, given: None,
     ) -> None:
         self.engine = engine
         self.layer = layer
         self._prompt = prompt
         self._observers = observers
+        self._arrivals = arrivals
         self._on_attempt = on_attempt
+        self._salt = salt
         self._generating = {api.path: api for api in GENERATING}
         self._answering = {api.path: api for api in ANSWERING}
         self._told = False  # an engine has told what it serves
         self._started = int(time.time())
+
+    async def look(self, exchange: Exchange, length: int | None) -> None:
+        """Before a body of so many bytes is read, unknown for None. Raises LimitExceeded for one not worth its work."""
+        if self._arrivals is not None and exchange.route in self._generating and (length is None or length >= _WORK):
+            await self._arrivals.look(exchange.account)
 
     async def answer(
         self,
@@ -83,7 +97,11 @@ class Apis:
             await send_json(200, body, send)
             return True
         generating = self._generating[route]
-        return await self._generate(generating, exchange, headers, receive, send, unbounded=unbounded)
+        try:
+            return await self._generate(generating, exchange, headers, receive, send, unbounded=unbounded)
+        finally:
+            if self._arrivals is not None:
+                self._arrivals.decided(exchange.id)
 
     async def _answer(self, api: AnsweringApi, exchange: Exchange) -> bytes:
         model = await self._known_model()
@@ -123,6 +141,7 @@ class Apis:
             id=exchange.id,
             user=exchange.account.user,
             session=headers.get(b"x-session-id", b"").decode("latin-1"),
+            salt=partial(self._salt, exchange.account),
             created=int(exchange.arrived_at),
             on_attempt=attempt,
         )
@@ -140,7 +159,10 @@ class Apis:
                 ]
             return prepared, constraint_param(request)
 
-        prepared, constraint = await _run(work, exchange.body or b"")
+        body = exchange.body or b""
+        if self._arrivals is not None and len(body) > _LONG_BODY:
+            await self._arrivals.take_turn(exchange.account, exchange.id)
+        prepared, constraint = await _run(work, body)
         exchange.usage.prompt = prepared.prompt_tokens
         request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout)
         exchange.request = request

@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
 
 from synthia_vllm.engine.port import Capacity, Engine
-from synthia_vllm.errors import Overloaded, SetupError
+from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account, UserLimits
 from synthia_vllm.gateway.admin import build_admin
 from synthia_vllm.gateway.apis import ANSWERING, GENERATING, MODELS, Apis
+from synthia_vllm.gateway.cache_sharing import CacheSharing
+from synthia_vllm.gateway.edge.hosts import Hosts
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX, Routes
 from synthia_vllm.gateway.fair.layer import FairQueue
+from synthia_vllm.gateway.fair.peers import share
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from synthia_vllm.gateway.limits.base import Limiter
 from synthia_vllm.gateway.limits.layer import Limits, merge
@@ -26,12 +28,13 @@ from synthia_vllm.gateway.observers.log import RequestLog
 from synthia_vllm.gateway.observers.metrics import Metrics
 from synthia_vllm.gateway.observers.tracing import check_tracing, open_tracing
 from synthia_vllm.gateway.readiness import Readiness
-from synthia_vllm.gateway.request import Layer, Observer
+from synthia_vllm.gateway.request import Observer, Usage
 from synthia_vllm.gateway.sequences import Sequences
-from synthia_vllm.gateway.store.database import open_database
+from synthia_vllm.gateway.store.database import open_database, shown
 from synthia_vllm.gateway.store.key_cache import KeyCache
 from synthia_vllm.gateway.store.keys import KeyStore, load_secret
 from synthia_vllm.gateway.store.ledger import Ledger
+from synthia_vllm.gateway.store.ready import StoresReady
 from synthia_vllm.gateway.store.usage import spent_tokens
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Table, single
@@ -40,7 +43,9 @@ from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.limits import SHARED_UP
 from synthia_vllm.metrics.recorder import Recorder, Waiting
 from synthia_vllm.metrics.replicas import ReplicaSource
+from synthia_vllm.secret_urls import REDIS_FORM, reveal
 from synthia_vllm.settings import LOOPBACK, Settings
+from synthia_vllm.supervise import supervise
 from synthia_vllm.web.page import StatusPage
 
 # What there is, and how it is asked; all else is 404. What ends in `/` stands for all below it.
@@ -48,7 +53,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     **{api.path: ("POST",) for api in GENERATING},
     **{api.path: ("POST",) for api in ANSWERING},
     **dict.fromkeys((MODELS, f"{MODELS}/", "/health", "/ready", "/metrics", "/sd"), ("GET",)),
-    ADMIN_PREFIX: ("GET", "POST", "DELETE"),
+    ADMIN_PREFIX: ("GET", "POST", "PATCH", "DELETE"),
 }
 
 
@@ -77,11 +82,11 @@ def check_stores(settings: Settings) -> str:
     Raises SetupError that names the option.
     """
     check_tracing(settings.tracing)
-    database = open_database(settings.access.database)
+    database = open_database(reveal(settings.access.database))
     load_secret(settings)
     database.dispose()
     asyncio.run(_limiter(settings, None).close())
-    return database.url.render_as_string(hide_password=True)
+    return shown(database.url)
 
 
 class Gateway:
@@ -100,9 +105,10 @@ class Gateway:
         replicas: ReplicaSource | None = None,
         replica_headers: Mapping[str, str] | None = None,
     ) -> None:
-        database = open_database(settings.access.database)
+        database = open_database(reveal(settings.access.database))
         self.engine = engine
-        self.keys = KeyStore(database, load_secret(settings))
+        secret = load_secret(settings)
+        self.keys = KeyStore(database, secret)
         self.key_cache = KeyCache(self.keys)
         self.ledger = Ledger(database)
         self.limiter = _limiter(settings, self._spent)
@@ -115,9 +121,10 @@ class Gateway:
             prompt_cost=fair.prompt_cost,
             generated_cost=fair.generated_cost,
             ageing=fair.batch_ageing_s,
+            batch_share=fair.batch_share,
         )
-        if capacity is not None:
-            self.set_capacity(capacity)
+        self._gateways = 1
+        self.set_capacity(capacity or Capacity())
         self._database = database
         recorder = Recorder(settings.metrics, settings.slo)
         self.exporter = Exporter(
@@ -129,14 +136,18 @@ class Gateway:
         )
         metrics = Metrics(recorder, prompt_cost=fair.prompt_cost, generated_cost=fair.generated_cost)
         self._tracing = open_tracing(settings.tracing)
-        observers: list[Observer] = [self.ledger, metrics, RequestLog(settings.log)]
+        ready = Readiness(engine, usages=self._usages, max_wait=fair.max_wait_s)
+        observers: list[Observer] = [self.ledger, metrics, RequestLog(settings.log), ready]
         if self._tracing is not None:
             observers.insert(0, self._tracing)
+        layers = self._layers(engine)
         self.apis = Apis(
             engine,
-            self._layers(engine),
+            layers,
             settings.prompt,
             observers=(metrics,),  # the others have no use for each chunk
+            arrivals=layers.arrivals,
+            salt=CacheSharing(settings.prompt.cache_sharing, secret).salt,
             **({"on_attempt": self._tracing.attempt} if self._tracing is not None else {}),
         )
         self.access = Access(
@@ -144,7 +155,11 @@ class Gateway:
             lookup=self.key_cache.lookup,
             keys_required=keys_required(settings),
             observers=observers,
-            ready=Readiness(engine, last_token=self._last_token),
+            ready=StoresReady(
+                ready,
+                keys=self.key_cache if keys_required(settings) else None,
+                ledger=self.ledger,
+            ),
             metrics=MetricsRoutes(self.exporter),
             admin=build_admin(self),
             max_body_bytes=settings.max_body_bytes,
@@ -156,9 +171,12 @@ class Gateway:
             page=StatusPage(keys_required(settings)) if settings.page else None,
             cors_origins=settings.cors_origins,
         )
+        foreign = settings.host in LOOPBACK and not keys_required(settings)  # pages could ask, of any website
+        if foreign or settings.access.hosts:
+            self.app = Hosts(self.app, settings.access.hosts, origins=settings.cors_origins if foreign else None)
 
     async def __aenter__(self) -> "Gateway":
-        self._tasks = [asyncio.create_task(self.key_cache.watch()), asyncio.create_task(self.ledger.run())]
+        self._tasks = [supervise("key_watch", self.key_cache.watch), supervise("ledger", self.ledger.run)]
         await self.exporter.__aenter__()
         return self
 
@@ -166,23 +184,30 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.ledger.close)  # before what may hang, or fail
         await self.exporter.__aexit__()
         if self._tracing is not None:
             await self._tracing.close()
         await self.limiter.close()
-        await asyncio.to_thread(self.ledger.close)
         self.key_cache.close()
         self._database.dispose()
 
     def set_capacity(self, capacity: Capacity) -> None:
         """What the engines hold now, where they come and go; a setting wins."""
         fair = self.settings.fair
-        self.scheduler.room.capacity = replace(
+        self._held = capacity
+        whole = replace(
             capacity,
             tokens=fair.max_in_flight_tokens or capacity.tokens,
             requests=fair.max_in_flight_requests or capacity.requests,
         )
+        self.scheduler.room.capacity = share(whole, self._gateways)
         self.scheduler.dispatch()
+
+    def set_gateways(self, number: int) -> None:
+        """How many gateways are before the same engines now, this one among them."""
+        self._gateways = number
+        self.set_capacity(self._held)
 
     async def state(self) -> dict[str, Any]:
         """The live view: users in flight and queued, service, limits used and left; tokens, requests, seconds."""
@@ -195,7 +220,7 @@ class Gateway:
                 users[user]["limits"] = asdict(limits[user])
         return found
 
-    def _layers(self, engine: Engine) -> Layer:
+    def _layers(self, engine: Engine) -> Limits:
         fair = self.settings.fair
         queue = FairQueue(
             Sequences(Meter(engine)),
@@ -207,14 +232,11 @@ class Gateway:
         return Limits(queue, limiter=self.limiter, defaults=self.default_limits)
 
     def _spent(self, user: str, since: float) -> int:
-        """What the ledger has of a user since then. Raises Overloaded (503) where it can't be asked."""
-        try:
-            return spent_tokens(self._database, user, since)
-        except SQLAlchemyError:
-            raise Overloaded("what this month has used can't be looked up now", 5.0) from None
+        """What the ledger has of a user since then."""
+        return spent_tokens(self._database, user, since)
 
-    def _last_token(self) -> float:
-        return max((one.usage.last_token or 0.0 for one in self.access.open.values()), default=0.0)
+    def _usages(self) -> list[Usage]:
+        return [one.usage for one in self.access.open.values()]
 
     def _ledger_tables(self) -> list[Table]:
         ledger = self.ledger
@@ -228,10 +250,10 @@ class Gateway:
 
 def _limiter(settings: Settings, spent: Any) -> Limiter:
     SHARED_UP.set(1)
-    url = settings.limits.redis
-    if url is None:
-        return MemoryLimiter(spent=spent)
+    limits = settings.limits
+    if limits.redis is None:
+        return MemoryLimiter(spent=spent, on_loss=limits.on_loss)
     try:
-        return SharedLimiter(url, on_loss=settings.limits.on_redis_loss, spent=spent)
-    except ValueError as error:
-        raise SetupError(f"--limits.redis {url}: {error}") from None
+        return SharedLimiter(limits.redis.get_secret_value(), on_loss=limits.on_loss, spent=spent)
+    except ValueError:  # its text may hold a part of the password
+        raise SetupError(f"--limits.redis: {REDIS_FORM}") from None

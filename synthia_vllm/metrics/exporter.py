@@ -18,6 +18,7 @@ from synthia_vllm.metrics.live import live_view
 from synthia_vllm.metrics.local import LocalEngine
 from synthia_vllm.metrics.rates import TICK_S
 from synthia_vllm.metrics.recorder import Recorder, Waiting
+from synthia_vllm.supervise import supervise
 
 
 class Exporter:
@@ -48,7 +49,7 @@ class Exporter:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Exporter":
-        self._task = asyncio.create_task(self._keep())
+        self._task = supervise("exporter", self._keep)
         return self
 
     async def __aexit__(self, *_: object) -> None:

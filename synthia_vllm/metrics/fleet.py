@@ -16,6 +16,7 @@ from synthia_vllm.metrics.cells import Counts
 from synthia_vllm.metrics.engines import EnginePage, Gone
 from synthia_vllm.metrics.exposition import Exposition
 from synthia_vllm.metrics.replicas import ReplicaSource, ReplicaState, ReplicaView, read_page
+from synthia_vllm.supervise import spawn
 
 ANSWER_S = 5.0  # an engine that takes longer is stale
 _KEEP_GONE_S = 15 * 60.0  # so long one that is gone is shown as down
@@ -61,7 +62,7 @@ class Fleet:
         self._follow(self._source.replicas())
         for engine in self.engines.values():
             if engine.asking is None or engine.asking.done():
-                engine.asking = asyncio.create_task(self._ask(engine))
+                engine.asking = spawn("fleet", self._ask(engine))
         asked = [engine.asking for engine in self.engines.values() if engine.asking]
         if asked:
             await asyncio.wait(asked, timeout=wait)

@@ -3,8 +3,8 @@
 What is counted is what the client gets, taken at the gateway's last step before the socket. Times are in seconds.
 `user` names the first users since the start, as many as the setting `metrics.max_users` says; all others are `other`.
 `model` is a name that the engine has answered to, else `other`. `replica` is `local` where the engine is in this
-process. Series that live elsewhere: `synthia_stream_resumes_total` in `replicas`, `synthia_limits_*` in `limits`;
-vLLM's own `vllm:*` come from the engines.
+process. Series that live elsewhere: `synthia_stream_resumes_total` in `replicas`, `synthia_limits_*` in `limits`,
+`synthia_background_restarts_total` in `supervise`; vLLM's own `vllm:*` come from the engines.
 """
 
 from dataclasses import dataclass

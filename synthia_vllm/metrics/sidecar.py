@@ -10,6 +10,7 @@ from synthia_vllm.metrics.exposition import Exposition
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.rates import TokenRates
 from synthia_vllm.metrics.replicas import ReplicaView, engine_name
+from synthia_vllm.supervise import supervise
 
 _POLL_S = 2.0  # the window of tokens a second is that exact
 _MODEL = re.compile(r'\bmodel_name="((?:[^"\\]|\\.)*)"')
@@ -31,7 +32,7 @@ class Sidecar:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Sidecar":
-        self._task = asyncio.create_task(self._keep())
+        self._task = supervise("exporter", self._keep)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -75,9 +75,31 @@ class Line:
             subprocess.run(["ip", *words], capture_output=True, check=False)
 
     def _rule(self, rule: str) -> None:
-        chain = f"chain way {{\n type filter hook forward priority 0\n {rule}\n}}\n"
-        text = f"table inet {_TABLE} {{}}\ndelete table inet {_TABLE}\ntable inet {_TABLE} {{\n{chain}}}\n"
-        _run("ip", "netns", "exec", self.near, "nft", "-f", "-", given=text)
+        _run("ip", "netns", "exec", self.near, "nft", "-f", "-", given=_table(_TABLE, "forward", rule))
+
+
+class BlackHole:
+    """Swallows what goes to a port of this machine, and what comes from it, as a host that is gone does.
+
+    Raises Impossible where the kernel or the rights don't allow it.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._name = f"{_TABLE}_{port}"
+
+    def open(self) -> None:
+        port = f"tcp dport {self._port} drop\n tcp sport {self._port} drop"
+        _run("nft", "-f", "-", given=_table(self._name, "input", port))
+
+    def close(self) -> None:
+        _run("nft", "-f", "-", given=f"table inet {self._name} {{}}\ndelete table inet {self._name}\n")
+
+
+def _table(name: str, hook: str, rule: str) -> str:
+    """A table of nft's with one rule in it, in place of what was there under its name."""
+    chain = f"chain way {{\n type filter hook {hook} priority 0\n {rule}\n}}\n"
+    return f"table inet {name} {{}}\ndelete table inet {name}\ntable inet {name} {{\n{chain}}}\n"
 
 
 def need_root(*tools: str) -> None:

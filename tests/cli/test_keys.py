@@ -82,6 +82,37 @@ def test_all_settings_reach_the_list(run: Run) -> None:
     assert not {"digest", "key"} & row.keys()
 
 
+LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "tokens_per_month")
+
+
+@pytest.mark.parametrize("command", [("keys", "set"), ("keys", "create")], ids=" ".join)
+def test_none_unsets_a_limit_and_the_rest_stays(run: Run, command: tuple[str, ...]) -> None:
+    options = [word for name in LIMITS for word in (f"--{name.replace('_', '-')}", "9")]
+    run("keys", "create", "--user", "a", "--models", "synthia", "--weight", "2", *options)
+    done = run(*command, "--user", "a", "--tokens-per-minute", "none", "--tokens-per-month", "NONE", "--models", "none")
+    assert done.returncode == 0
+    row = listed(run)[0]
+    assert [row[name] for name in LIMITS] == [9, None, 9, None]
+    assert (row["models"], row["weight"]) == (None, 2.0)
+
+
+def test_a_user_is_changed_without_another_key(run: Run) -> None:
+    run("keys", "create", "--user", "a")
+    done = run("keys", "set", "--user", "a", "--tokens-per-minute", "5")
+    assert (done.returncode, done.stdout) == (0, "")
+    (row,) = listed(run)
+    assert row["tokens_per_minute"] == 5
+    assert run("keys", "set", "--user", "b", "--tokens-per-minute", "5").returncode == 2
+
+
+@pytest.mark.parametrize("zone", ["Asia/Shanghai", "America/Los_Angeles"])
+@pytest.mark.parametrize("given", ["2099-01-31", "2099-01-31T00:00", "2099-01-31T08:00+08:00"])
+def test_an_end_without_a_zone_is_utc_whatever_the_machines_is_and_is_told(run: Run, zone: str, given: str) -> None:
+    done = run("keys", "create", "--user", "a", "--expires", given, TZ=zone)
+    assert "It ends at 2099-01-31 00:00:00+00:00" in done.stderr
+    assert listed(run)[0]["expires"] == "2099-01-31 00:00:00+00:00"
+
+
 def test_rotate_and_revoke(run: Run) -> None:
     first = run("keys", "create", "--user", "alice").stdout.strip()
     second = run("keys", "rotate", first[11:19], "--grace", "1h")
@@ -104,6 +135,9 @@ def test_rotate_and_revoke(run: Run) -> None:
         (["keys", "create", "--user", "a", "--expires", "2001-01-01"], "--expires"),
         (["keys", "create", "--user", "a", "--weight", "0"], "--weight"),
         (["keys", "create", "--user", "a", "--priority", "high"], "--priority"),
+        (["keys", "set", "--user", "a", "--tokens-per-minute", "0"], "--tokens-per-minute"),
+        (["keys", "set", "--user", "a", "--tokens-per-minute", "nil"], "--tokens-per-minute"),
+        (["keys", "set", "--user", "nobody"], "nobody"),
         (["keys", "create", "--user", "a", "--expires", "9999-12-31T23:59:59-14:00"], "--expires"),
         (["keys", "create", "--user", "a", "--expires", "0s"], "--expires"),
         (["keys", "create", "--user", "a", "--expires", "9" * 5000 + "d"], "--expires"),
@@ -185,7 +219,7 @@ def test_usage_tells_of_a_gap_on_stderr(run: Run, tmp_path: Path) -> None:
     process.stdout.close()
     fill(tmp_path, "synthia")  # the next start
     done = run("usage", "--format", "csv")
-    assert "may be missing" in done.stderr
+    assert "may be missing. Under way then: 0 requests with 0 tokens, 0 at most." in done.stderr
     assert "missing" not in done.stdout
     future = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 2 * 86_400))
     assert run("usage", "--since", future).stderr == ""

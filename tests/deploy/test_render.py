@@ -10,6 +10,7 @@ import pytest
 from deploy.generate import FOLDER, generated
 from synthia_vllm.deploy.render import render
 from synthia_vllm.errors import SetupError
+from synthia_vllm.secret_urls import reveal
 from synthia_vllm.settings import Settings, load_settings
 
 KINDS = ("compose", "k8s", "ray", "systemd")
@@ -127,7 +128,7 @@ def test_secrets_come_from_a_folder_and_the_environment_beats_it(
     settings = load_settings([])
     assert settings.access.secret is not None
     assert settings.access.secret.get_secret_value() == "from the file"
-    assert settings.access.database == "sqlite:///from-the-environment.db"
+    assert reveal(settings.access.database) == "sqlite:///from-the-environment.db"
 
 
 def test_a_folder_of_secrets_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

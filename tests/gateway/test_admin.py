@@ -12,8 +12,9 @@ from sqlalchemy.exc import OperationalError
 
 from benchmarks.null_port import NullEnginePort
 from synthia_vllm.cli.keys import list_keys
-from synthia_vllm.gateway.accounts import Account, UserLimits
+from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.app import Gateway
+from synthia_vllm.secret_urls import reveal
 from synthia_vllm.settings import Settings
 
 
@@ -150,7 +151,7 @@ async def test_what_is_stored_already_is_listed_whatever_it_is(
     for moment in (253402351199.0, 1e300, -1e300, float("inf")):
         operator.gateway.keys.create("bob", expires=moment)
     assert (await operator.ask("GET", "/admin/keys")).status_code == 200
-    url = operator.gateway.settings.access.database
+    url = reveal(operator.gateway.settings.access.database)
     for form in ("table", "json"):
         list_keys.main(["--database", str(url), "--format", form], standalone_mode=False)
     assert capsys.readouterr().out.count("Unix time") == 8
@@ -178,6 +179,43 @@ async def test_a_body_that_is_no_object_is_a_400(operator: Operator, body: bytes
     assert error(reply)["message"]
 
 
+HELD = {"requests_per_minute": 5, "tokens_per_month": 1000, "models": ["synthia"], "weight": 2.0, "priority": "batch"}
+FREE = {"requests_per_minute": None, "tokens_per_month": None, "models": None, "weight": 1.0, "priority": "interactive"}
+
+
+async def user(operator: Operator) -> dict[str, Any]:
+    """What holds for bob."""
+    users: list[dict[str, Any]] = (await operator.ask("GET", "/admin/users")).json()
+    (found,) = (row for row in users if row["name"] == "bob")
+    return {name: found[name] for name in HELD}
+
+
+async def test_null_unsets_a_limit_with_a_key_and_without(operator: Operator) -> None:
+    await operator.new_key(**HELD)
+    await operator.new_key(tokens_per_month=None)
+    assert await user(operator) == HELD | {"tokens_per_month": None}
+    reply = await operator.ask("PATCH", "/admin/users/bob", json.dumps(dict.fromkeys(HELD)))
+    assert reply.status_code == 200
+    assert await user(operator) == FREE
+
+
+async def test_what_is_left_out_of_a_change_stays_and_its_keys_know_at_once(operator: Operator) -> None:
+    key = (await operator.new_key(**HELD)).json()["key"]
+    before = operator.gateway.keys.revision()
+    reply = await operator.ask("PATCH", "/admin/users/bob", json.dumps({"requests_per_minute": 7}))
+    assert {name: reply.json()[name] for name in HELD} == HELD | {"requests_per_minute": 7}
+    assert operator.gateway.keys.revision() > before
+    found = operator.gateway.keys.find(key)
+    assert found is not None
+    assert found.limits.requests_per_minute == 7
+
+
+async def test_a_user_that_is_not_there_is_404_and_is_not_made(operator: Operator) -> None:
+    reply = await operator.ask("PATCH", "/admin/users/nobody", '{"weight": 2}')
+    assert (reply.status_code, error(reply)["code"]) == (404, "not_found")
+    assert [row["name"] for row in (await operator.ask("GET", "/admin/users")).json()] == ["ops"]
+
+
 ROUTES = [
     ("GET", "/admin/state", 200),
     ("GET", "/admin/live", 200),
@@ -187,6 +225,7 @@ ROUTES = [
     ("POST", "/admin/keys/abcdefgh/rotate", 503),
     ("DELETE", "/admin/keys/abcdefgh", 503),
     ("GET", "/admin/users", 503),
+    ("PATCH", "/admin/users/bob", 503),
     ("GET", "/admin/usage", 503),
     ("GET", "/admin/usage?by=day&since=2027-01-01", 503),
 ]
@@ -208,34 +247,21 @@ async def test_a_lost_database_is_a_503_that_says_when_to_come_back(
 ) -> None:
     monkeypatch.setattr(operator.gateway.access, "lookup", known)
     monkeypatch.setattr(operator.gateway.keys.engine, "connect", lost)
-    reply = await operator.ask(method, path, '{"user": "bob"}' if path == "/admin/keys" else None)
+    content = {"/admin/keys": '{"user": "bob"}', "/admin/users/bob": '{"weight": 2}'}.get(path)
+    reply = await operator.ask(method, path, content)
     assert reply.status_code == status
     if status == 503:
         assert error(reply)["code"] == "overloaded"
         assert reply.headers["retry-after"] == "5"
 
 
-async def test_a_months_limit_that_can_not_be_looked_up_is_a_503_too(
-    operator: Operator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limited = Account("bob", limits=UserLimits(tokens_per_month=1000))
-
-    async def known(key: str) -> Account:
-        return limited
-
-    monkeypatch.setattr(operator.gateway.access, "lookup", known)
-    body = json.dumps({"prompt": "Hello", "max_tokens": 5})
-    with monkeypatch.context() as patched:
-        patched.setattr(operator.gateway.keys.engine, "connect", lost)
-        reply = await operator.ask("POST", "/v1/completions", body)
-    assert (reply.status_code, reply.headers["retry-after"], error(reply)["code"]) == (503, "5", "overloaded")
-    assert (await operator.ask("POST", "/v1/completions", body)).status_code == 200
-
-
 async def test_every_route_of_the_admin_is_tried_with_a_lost_database(operator: Operator) -> None:
     paths = (await operator.ask("GET", "/admin/openapi.json")).json()["paths"]
     known = {(method.upper(), path) for path, methods in paths.items() for method in methods}
-    tried = {(method, path.partition("?")[0].replace("abcdefgh", "{key_id}")) for method, path, _ in ROUTES}
+    tried = {
+        (method, path.partition("?")[0].replace("abcdefgh", "{key_id}").replace("bob", "{user}"))
+        for method, path, _ in ROUTES
+    }
     assert known == tried - {("GET", "/admin/openapi.json")}
 
 

@@ -14,7 +14,7 @@ from synthia_vllm.web.page import StatusPage, content_security_policy
 
 
 def client(app: ASGIApp) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost")
 
 
 UPSTREAM = PlainTextResponse("upstream's own")

@@ -10,6 +10,7 @@ from synthia_vllm.gateway.edge.replies import header
 
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 ACCEPTED = b"gzip, deflate"
+MIN_BYTES_PER_S = 500  # of a body, or its `idle` seconds run out: else a byte now and then keeps it for ever
 _MAX_MEMBERS = 16  # of a gzip body: each costs a decoder and a copy of what follows it
 _GZIP, _ZLIB, _RAW = zlib.MAX_WBITS + 16, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
@@ -18,7 +19,8 @@ async def read_body(scope: Scope, receive: Receive, limit: int, idle: float | No
     """The whole body, decoded; None where the client has left.
 
     Raises BodyTooLarge over `limit` bytes, sent or decoded, unread if announced; BodyTimeout after `idle` seconds
-    without a byte; UnsupportedMedia, unread, for a coding that is not read here; MalformedBody for one that is broken.
+    without a byte, or where it trickles; UnsupportedMedia, unread, for a coding that is not read here; MalformedBody
+    for one that is broken.
     """
     coding = _coding(scope)
     announced = header(scope, b"content-length")
@@ -52,16 +54,21 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
 
 async def _read(receive: Receive, limit: int, idle: float | None) -> bytes | None:
     body = bytearray()
+    now, left = asyncio.get_running_loop().time, idle
     while True:
+        asked = now()
         try:
-            async with asyncio.timeout(idle):
+            async with asyncio.timeout(left):
                 message = await receive()
         except TimeoutError:
             assert idle is not None
             raise BodyTimeout(idle) from None
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
+        part = message.get("body", b"")
+        body += part
+        if idle is not None and left is not None:
+            left = min(idle, left - (now() - asked) + len(part) / MIN_BYTES_PER_S)
         if len(body) > limit:
             raise BodyTooLarge(limit)
         if not message.get("more_body", False):

@@ -9,14 +9,19 @@ from synthia_vllm.api.errors import form_of
 from synthia_vllm.errors import SynthiaError
 from synthia_vllm.gateway.edge.replies import send_error
 
+MAX_UNREAD_BYTES = 16 * 2**20  # of a stream; whoever is further behind does not read it
+
 
 class Cycle(RequestResponseCycle):
     """Sends a reply as RFC 9112 frames it, without ever waiting for the client to read.
 
     Differs from uvicorn 0.54: a reply without a length is chunked for HTTP/1.1 only, and ends with the connection for
     HTTP/1.0; a reply that goes out before the request's body has come is the last one of its connection; an app's own
-    Transfer-Encoding is not passed on; an error that nobody has answered has the form of the API that was asked.
+    Transfer-Encoding is not passed on; an error that nobody has answered has the form of the API that was asked. A
+    stream of which the client leaves too much unread is cut.
     """
+
+    sent = 0  # bytes, read by the client or not
 
     _chunked = False
     _remaining: int | None = None  # bytes of the body still to come, where its length is known
@@ -76,7 +81,7 @@ class Cycle(RequestResponseCycle):
         lines.append(b"\r\n")
         self.response_started = True
         self.waiting_for_100_continue = False
-        self.transport.write(b"".join(lines))
+        self._write(b"".join(lines))
 
     def _continue(self, body: bytes, more: bool) -> None:
         if self._chunked:
@@ -84,6 +89,8 @@ class Cycle(RequestResponseCycle):
                 body = b"%x\r\n%b\r\n" % (len(body), body)
             if not more:
                 body += b"0\r\n\r\n"
+            elif self.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+                return self.transport.abort()
         elif self._bodiless:
             body = b""
         elif self._remaining is not None:
@@ -91,8 +98,13 @@ class Cycle(RequestResponseCycle):
             if self._remaining < 0 or (self._remaining and not more):
                 raise RuntimeError("the reply's body is not as long as its Content-Length")
         if body:
-            self.transport.write(body)
+            self._write(body)
         if not more:
             self.response_complete = True
             self.message_event.set()
             self.on_response()
+        return None
+
+    def _write(self, data: bytes) -> None:
+        self.sent += len(data)
+        self.transport.write(data)

@@ -12,9 +12,13 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.edge.connections import ForwardedClients, connections_of
 from synthia_vllm.gateway.edge.protocol import http_protocol
 from synthia_vllm.gateway.edge.service_manager import ServiceManager
 from synthia_vllm.settings import LOOPBACK, Settings
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_CUT_S = 2.0  # most that requests which are cut take to end
 
 
 def settle_memory() -> None:
@@ -50,9 +54,10 @@ class DrainingServer(uvicorn.Server):
     """uvicorn that leaves the signals to us, tells when it listens, and drains before it ends."""
 
     def __init__(self, app: ASGIApp, settings: Settings, on_ready: Callable[[], None]) -> None:
+        connections = connections_of(settings.access)
         config = uvicorn.Config(
-            app,
-            http=http_protocol(settings.timeouts.headers),
+            ForwardedClients(app, connections) if connections.proxies else app,
+            http=http_protocol(settings.timeouts, connections),
             ws="none",
             log_config=None,
             access_log=False,
@@ -66,19 +71,21 @@ class DrainingServer(uvicorn.Server):
         self._manager = ServiceManager()
 
     async def run_until_stopped(self, sock: socket.socket) -> bool:
-        """Serves until SIGTERM or SIGINT; True after a drain, False if it was cut."""
+        """Serves until SIGTERM or SIGINT; True after a drain, False if it was cut.
+
+        Signals stay ours afterwards: one that comes while the last bills are written must not kill.
+        """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             loop.add_signal_handler(number, self.stop)
-        try:
-            await self.serve(sockets=[sock])
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        await self.serve(sockets=[sock])
         return not self.force_exit
 
     def stop(self) -> None:
-        """First call: accept nothing new, let running requests finish. Second: end now."""
+        """First call: accept nothing new, let running requests finish. Second: end now. Third: the next one kills."""
+        if self.force_exit:
+            for number in _SIGNALS:
+                asyncio.get_running_loop().remove_signal_handler(number)
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
@@ -93,6 +100,16 @@ class DrainingServer(uvicorn.Server):
         if self.started:
             self._on_ready()
             self._manager.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        # uvicorn leaves what it cuts to end after us. Each request has a bill to write first.
+        cut = list(self.server_state.tasks)
+        for task in cut:
+            if not task.cancelling():
+                task.cancel()
+        if cut:
+            await asyncio.wait(cut, timeout=_CUT_S)
 
     async def on_tick(self, counter: int) -> bool:
         self._manager.alive()

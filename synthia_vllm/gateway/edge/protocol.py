@@ -13,6 +13,9 @@ llhttp itself refuses Transfer-Encoding beside Content-Length, two Content-Lengt
 """
 
 import asyncio
+import fcntl
+import sys
+import termios
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,9 +24,11 @@ import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from synthia_vllm.api.errors import form_of
-from synthia_vllm.errors import RequestError
+from synthia_vllm.errors import Overloaded, RequestError
+from synthia_vllm.gateway.edge.connections import Connections
 from synthia_vllm.gateway.edge.cycle import Cycle
 from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND
+from synthia_vllm.settings import TimeoutSettings
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 128
@@ -41,19 +46,22 @@ _CODES = {
 }
 
 
-def http_protocol(headers_timeout: float) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol, to RFC 9112, whose requests must have their headers complete within so many seconds."""
-    return type("HttpProtocol", (_HttpProtocol,), {"headers_timeout": headers_timeout})
+def http_protocol(timeouts: TimeoutSettings, connections: Connections) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol, to RFC 9112, whose clients are held to times and numbers."""
+    bounds = {"headers_timeout": timeouts.headers, "write_timeout": timeouts.write, "places": connections}
+    return type("HttpProtocol", (_HttpProtocol,), bounds)
 
 
 class _HttpProtocol(HttpToolsProtocol):
     """One connection. Costs nothing while a reply streams.
 
-    Ends those that trickle headers (408) or send too many (431). `cycle` is the request that is being read, `_running`
-    the one that is being answered, `pipeline` holds those between.
+    Ends those that trickle headers (408) or send too many (431), and those that take nothing of a reply. `cycle` is the
+    request that is being read, `_running` the one that is being answered, `pipeline` holds those between.
     """
 
     headers_timeout: float
+    write_timeout: float
+    places: Connections
 
     def connection_made(self, transport: Any) -> None:
         self.url = b""
@@ -65,13 +73,19 @@ class _HttpProtocol(HttpToolsProtocol):
         self._refusal: RequestError | None = None  # what ends this connection, to be told after the replies under way
         self._ended = False  # the last reply has gone out
         self._deadline: asyncio.TimerHandle | None = None  # of headers, or of an end that lingers
-        self._flushing: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None  # at whether the client reads
+        self._taken: tuple[object, int] = (None, 0)  # by the client: bytes of which reply
+        self._taken_at = 0.0  # loop time, since when it is that much
         super().connection_made(transport)
-        self._set_deadline(self.headers_timeout, self._late)
+        refused = self.places.enter(self, self.client[0] if self.client else None)
+        if refused is not None:
+            return self._refuse(refused)
+        return self._set_deadline(self.headers_timeout, self._late)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.places.gone(self)
         self._unwatch()
-        self._stop_flushing()
+        self._stop_looking()
         self._unset_keepalive_if_required()
         self.pipeline.clear()
         if self._running is not None:
@@ -85,6 +99,7 @@ class _HttpProtocol(HttpToolsProtocol):
             return  # and thrown away
         self._unset_keepalive_if_required()
         if self._idle() and self._deadline is None:
+            self.places.partial(self)
             self._set_deadline(self.headers_timeout, self._late)  # whatever comes must become a request in time
         self._unparsed += len(data)
         try:
@@ -186,6 +201,8 @@ class _HttpProtocol(HttpToolsProtocol):
         self.url = b""
         self.cycle.waiting_for_100_continue = False
         super().on_message_complete()
+        if self.cycle is self._running:
+            self.places.busy(self)
 
     def _check_head(self, method: str, version: str) -> None:
         hosts = sum(name == b"host" for name, _ in self.headers)
@@ -209,7 +226,12 @@ class _HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        self._stop_flushing()
+        if cycle.more_body:
+            self.places.partial(self)
+        else:
+            self.places.busy(self)
+        if self._looking is None:
+            self._look()
         self.transport.set_write_buffer_limits(high=_UNBOUNDED)
         super()._start_asgi_task(cycle, app)
 
@@ -221,7 +243,6 @@ class _HttpProtocol(HttpToolsProtocol):
         if not self._running.keep_alive:
             self._end(linger=self._running.more_body)
             return
-        self._watch_flushing()
         # A client that asks again and again and never reads holds one reply, not all of them.
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         if not self.flow.write_paused:
@@ -245,6 +266,7 @@ class _HttpProtocol(HttpToolsProtocol):
         elif self._refusal is not None:
             self._send_refusal(self._refusal)
         else:
+            self.places.idle(self)
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
@@ -254,6 +276,13 @@ class _HttpProtocol(HttpToolsProtocol):
         return (self._running is None or self._running.response_complete) and (pipelined or not self.pipeline)
 
     # Ending
+
+    def give_way(self) -> None:
+        """Ends for others that need its place; see `Connections`."""
+        if self._idle() and self._deadline is None:
+            self._end(linger=False)
+        else:
+            self._refuse(Overloaded("all connections are taken, and this one had no whole request", 1.0))
 
     def _late(self) -> None:
         self._deadline = None
@@ -284,6 +313,7 @@ class _HttpProtocol(HttpToolsProtocol):
         body = msgspec.json.encode(form_of(path)(error, ""))
         headers = [
             *self.server_state.default_headers,
+            *error.headers,
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
@@ -299,29 +329,33 @@ class _HttpProtocol(HttpToolsProtocol):
         and that takes the reply away from a client that has not read it yet (RFC 9112, 9.6).
         """
         self._ended = True
+        self.places.leave(self)
         self._unwatch()
-        self._watch_flushing()
         self.pipeline.clear()
-        if not linger or not self.transport.can_write_eof():
+        if not linger or not self.transport.can_write_eof() or not self.places.may_linger(self):
             self.transport.close()
             return
         self.transport.write_eof()
         self.flow.resume_reading()
         self._set_deadline(_LINGER_S, self.transport.close)
 
-    def _watch_flushing(self, before: int | None = None) -> None:
-        """Gives up a client that has read nothing of a finished reply for as long as a connection may be idle."""
-        left = self.transport.get_write_buffer_size()
-        self._stop_flushing()
-        if left and left == before:
+    def _look(self) -> None:
+        """Gives up a client that has taken nothing for too long of what there is of a reply, finished or not."""
+        unread, now = self.transport.get_write_buffer_size(), self.loop.time()
+        # The kernel takes more only when a megabyte has gone: what it still holds tells of a client that reads slowly.
+        held = unread + (_held_by_kernel(self.transport) if unread else 0)
+        taken = self._running, self._running.sent - held if isinstance(self._running, Cycle) else 0
+        if not unread or taken != self._taken:
+            self._taken, self._taken_at = taken, now
+        elif now - self._taken_at >= self.write_timeout:
             self.transport.abort()
-        elif left:
-            self._flushing = self.loop.call_later(self.timeout_keep_alive, self._watch_flushing, left)
+            return
+        self._looking = self.loop.call_later(self.write_timeout / 4, self._look) if unread or not self._idle() else None
 
-    def _stop_flushing(self) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     def _set_deadline(self, seconds: float, then: Any) -> None:
         self._deadline = self.loop.call_later(seconds, then)
@@ -330,6 +364,15 @@ class _HttpProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _held_by_kernel(transport: Any) -> int:
+    """Bytes that were written and that the other side has not acknowledged."""
+    try:
+        found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(found, sys.byteorder)
 
 
 def _refusal(status: int, message: str) -> RequestError:

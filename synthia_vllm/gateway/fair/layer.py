@@ -7,7 +7,8 @@ from functools import partial
 
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import Overloaded, QueueTimeout
-from synthia_vllm.gateway.fair.scheduler import Scheduler, Ticket
+from synthia_vllm.gateway.fair.scheduler import Scheduler
+from synthia_vllm.gateway.fair.tickets import Ticket
 from synthia_vllm.gateway.request import Layer, Request
 
 
@@ -15,8 +16,8 @@ class FairQueue:
     """Holds a request until the scheduler says go, the client leaves, or it has waited too long.
 
     Its place in the engine is free when the engine is done, whether the client has read the reply or not. Raises
-    Overloaded at once for what would wait longer than it may, or has no place in the queue, and QueueTimeout for what
-    did wait that long; both are 503 with a `Retry-After`.
+    Overloaded at once for what would wait longer than it may, and as soon as the queue is full for what is the newest
+    of the user with most in it; QueueTimeout for what did wait that long. All are 503 with a `Retry-After`.
     """
 
     def __init__(
@@ -36,48 +37,55 @@ class FairQueue:
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         allowed = min(self.max_wait, request.queue_timeout or self.max_wait)
-        self._check(request, allowed)
         scheduler = self.scheduler
+        if (predicted := self._predicted(request)) > allowed:
+            raise Overloaded(
+                f"a wait of about {predicted:.0f} s is to be expected, more than the {allowed:g} s allowed",
+                predicted - allowed,
+            )
         turn = asyncio.get_running_loop().create_future()
         ticket = scheduler.ticket(
             request.account, request.prompt_tokens, request.max_generated, partial(_set_done, turn)
         )
         scheduler.join(ticket)
+        failed = False
         try:
             if not ticket.running:
-                await self._wait(turn, allowed)
+                await self._wait(ticket, turn, request, allowed)
             async with aclosing(self.engine.generate(request)) as deltas:
                 async for delta in deltas:
                     if count := len(delta.ids):
                         scheduler.add_tokens(ticket, count)
                     yield delta
+        except Exception:
+            failed = True
+            raise
         finally:
-            self._release(ticket, request)
+            self._release(ticket, request, learn=not failed)
 
-    def _check(self, request: Request, allowed: float) -> None:
+    async def _wait(self, ticket: Ticket, turn: asyncio.Future[None], request: Request, allowed: float) -> None:
         scheduler = self.scheduler
-        tokens = request.prompt_tokens + request.max_generated
-        if scheduler.queued_requests >= self.max_requests or (
-            scheduler.queued_requests and scheduler.queued_tokens + tokens > self.max_tokens
-        ):
-            raise Overloaded("the queue is full", scheduler.seconds_for(tokens))
-        predicted = scheduler.predicted_wait(request.account)
-        if predicted > allowed:
-            raise Overloaded(
-                f"a wait of about {predicted:.0f} s is to be expected, more than the {allowed:g} s allowed",
-                predicted - allowed,
-            )
-
-    async def _wait(self, turn: asyncio.Future[None], allowed: float) -> None:
+        if not scheduler.make_place(ticket, self.max_requests, self.max_tokens):
+            raise self._full(request)
         await asyncio.wait((turn,), timeout=allowed)
-        if not turn.done():
-            raise QueueTimeout(f"waited {allowed:g} s for a turn", self.scheduler.seconds_for(1))
+        if ticket.waiting:
+            raise QueueTimeout(f"waited {allowed:g} s for a turn", self._predicted(request) - allowed)
+        if not ticket.running:
+            raise self._full(request)
 
-    def _release(self, ticket: Ticket, request: Request) -> None:
+    def _full(self, request: Request) -> Overloaded:
+        tokens, queued = request.prompt_tokens + request.max_generated, self.scheduler.queued_tokens
+        part = tokens / max(tokens, queued)  # of the queue: when so much of it has gone, there is a place
+        return Overloaded("the queue is full, and no user has more in it", part * self._predicted(request))
+
+    def _predicted(self, request: Request) -> float:
+        return self.scheduler.predicted_wait(request.account, request.prompt_tokens, request.max_generated)
+
+    def _release(self, ticket: Ticket, request: Request, *, learn: bool) -> None:
         if ticket.running:
             if unseen := request.usage.generated - ticket.generated:  # generated, and never taken
                 self.scheduler.add_tokens(ticket, unseen)
-            self.scheduler.finish(ticket, whole=request.usage.completed)
+            self.scheduler.finish(ticket, learn=learn)
         else:
             self.scheduler.leave(ticket)
 

@@ -1,45 +1,22 @@
-"""The order of requests: who goes next, when, and how long a newcomer would wait. No asyncio in here."""
+"""The order of requests: who goes next, when, and who loses a place in a full queue. No asyncio in here."""
 
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.fair.counters import Counters
+from synthia_vllm.gateway.fair.order import Order, Policy
+from synthia_vllm.gateway.fair.places import displaced
 from synthia_vllm.gateway.fair.rate import ServiceRate
 from synthia_vllm.gateway.fair.room import Room
-
-Policy = Literal["vtc", "fcfs"]
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One request's place, from joining the queue to its end."""
-
-    user: str
-    weight: float
-    batch: bool
-    prompt: int  # tokens
-    most: int  # tokens that it may generate
-    joined: float
-    go: Callable[[], None]  # called once, when it is its turn
-    cost: float = 0.0  # expected, while it waits
-    running: bool = False
-    generated: int = 0
-    held: int = 0  # tokens of KV cache that it counts with
-    expected: int = 0  # generated tokens that `held` covers
-    owed: float = 0.0  # predicted cost of what it has still to generate
+from synthia_vllm.gateway.fair.tickets import Ticket, User
+from synthia_vllm.gateway.fair.wait import Forecast
 
 
 class Scheduler:
-    """Waiting requests by user, first in first out, and whose turn is next.
-
-    vtc: the user with the least service; interactive users before batch users, unless a batch request has waited
-    `ageing` seconds. fcfs: in the order of arrival, whoever asks.
-    """
+    """Requests from the queue to their end in the engine: in the order that `Order` says, while there is `Room`."""
 
     def __init__(
         self,
@@ -49,113 +26,138 @@ class Scheduler:
         prompt_cost: float = 1.0,
         generated_cost: float = 2.0,
         ageing: float = 30.0,
+        batch_share: float = 0.1,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.policy = policy
         self.counters = Counters(prompt_cost=prompt_cost, generated_cost=generated_cost)
         self.room = Room(capacity)
-        self.rate = ServiceRate(clock)
         self.queued_requests = 0
         self.queued_tokens = 0
-        self.running: dict[str, int] = {}  # user: requests in the engine
-        # The same users: predicted cost of what their requests have still to generate.
-        self._owed: dict[str, float] = {}
-        self._queues: dict[str, deque[Ticket]] = {}  # users with waiting requests only
-        self._backlog: dict[str, float] = {}  # the same users: cost of what they have waiting
-        self._ageing = ageing
         self.clock = clock
+        self._users: dict[str, User] = {}  # with requests, waiting or running
+        self._in_engine: set[Ticket] = set()
+        self._order = Order(
+            self.counters, self.room, policy=policy, ageing=ageing, batch_share=batch_share, clock=clock
+        )
+        self._forecast = Forecast(self._order, self.counters, self.room, clock)
+        self.rate = self._forecast.rate
 
-    def ticket(self, account: Account, prompt: int, most: int, go: Callable[[], None]) -> Ticket:
+    def ticket(self, account: Account, prompt: int, most: int, wake: Callable[[], None]) -> Ticket:
         batch = account.priority == "batch"
-        return Ticket(account.user, account.weight, batch, prompt, most, self.clock(), go)
+        return Ticket(account.user, account.weight, batch, prompt, most, self.clock(), wake)
 
     def join(self, ticket: Ticket) -> None:
         """Puts a request at the end of its user's queue, and dispatches what has room."""
-        queue = self._queues.get(ticket.user)
-        if queue is None:
-            self.counters.lift(ticket.user, self._queues)
-            queue = self._queues[ticket.user] = deque()
-            self._backlog[ticket.user] = 0.0
-        ticket.cost = self._cost(ticket)
-        queue.append(ticket)
-        self._backlog[ticket.user] += ticket.cost
+        user = self._user(ticket)
+        ticket.waiting = True
+        user.append(ticket)
         self.queued_requests += 1
-        self.queued_tokens += ticket.prompt + ticket.most
-        self.dispatch()
+        self.queued_tokens += ticket.tokens
+        if len(user.waiting) == 1:  # behind another of his own it is nobody's turn that was not before
+            self._order.come(user)
+            self.dispatch()
+        self._forecast.look(user)
 
     def leave(self, ticket: Ticket) -> None:
-        """Takes a waiting request out."""
-        self._queues[ticket.user].remove(ticket)
-        self._left(ticket)
-        self.dispatch()  # it may have stood in the way
+        """Takes a waiting request out, if it was not yet."""
+        if ticket.waiting:
+            self._take_out(ticket)
+            self.dispatch()  # it may have stood in the way
+
+    def make_place(self, ticket: Ticket, max_requests: int, max_tokens: int) -> bool:
+        """Keeps the queue within bounds, for one that has just joined and still waits; False if it is that that goes.
+
+        A queue of one may be of any size.
+        """
+        requests, tokens = self.queued_requests - max_requests, self.queued_tokens - max_tokens
+        if (requests <= 0 and tokens <= 0) or self.queued_requests == 1:
+            return True
+        gone = displaced(self._users[ticket.user], self._users.values(), requests=requests, tokens=tokens)
+        if gone is None:
+            return False
+        for one in gone:
+            self._take_out(one)
+            one.wake()
+        self.dispatch()
+        return True
 
     def dispatch(self) -> None:
         """Sends requests to the engine while there is room."""
-        while (ticket := self._next()) is not None:
-            ticket.expected = self.room.expected_generated(ticket.user, ticket.most)
-            held = self.room.held_by(ticket.prompt, ticket.expected)
-            if not self.room.fits(held, newcomer=ticket.user not in self.running):
-                break
-            self._queues[ticket.user].popleft()
-            self._left(ticket)
-            ticket.held = held
+        while (ticket := self._order.next(self._fits)) is not None:
+            self._take_out(ticket, stays=True)
+            user = self._users[ticket.user]
             ticket.running = True
-            self.room.take(held)
-            self.running[ticket.user] = self.running.get(ticket.user, 0) + 1
-            ticket.owed = self.counters.generated_cost * ticket.expected
-            self._owed[ticket.user] = self._owed.get(ticket.user, 0.0) + ticket.owed
+            self._in_engine.add(ticket)
+            ticket.owed = self.counters.cost(0, ticket.expected)
+            self.room.take(ticket.held)
+            user.running += 1
+            user.held += ticket.held
+            user.owed += ticket.owed
             self.counters.charge_prompt(ticket.user, ticket.weight, ticket.prompt)
-            ticket.go()
-        self.rate.waiting(bool(self._queues))
+            if self._order.contended:
+                ticket.contended = True
+                self._order.charge(ticket, self.counters.cost(ticket.prompt, ticket.expected))
+            ticket.wake()
+            self._forecast.look(user)
 
     def add_tokens(self, ticket: Ticket, count: int) -> None:
         """Charges tokens that the engine has just generated for a running request."""
+        user = self._users[ticket.user]
+        cost = served = self.counters.generated_cost * count
         if not ticket.generated and count:
-            self.rate.add(self.counters.prompt_cost * ticket.prompt)  # now it is computed: served is what is done
+            served += self.counters.prompt_cost * ticket.prompt  # now it is computed: served is what is done
+        self._forecast.served(user, served)
         ticket.generated += count
-        self._pay(ticket, min(ticket.owed, self.counters.generated_cost * count))
+        foreseen = min(ticket.owed, cost)
+        self._pay(user, ticket, foreseen)
+        if ticket.contended and cost > foreseen:
+            self._order.charge(ticket, cost - foreseen)
         self.counters.charge_generated(ticket.user, ticket.weight, count)
-        self.rate.add(self.counters.generated_cost * count)
         if ticket.generated > ticket.expected:
             held = self.room.held_by(ticket.prompt, ticket.generated)
             self.room.grow(held - ticket.held)
+            user.held += held - ticket.held
             ticket.held = held
             ticket.expected = held - ticket.prompt
 
-    def finish(self, ticket: Ticket, *, whole: bool = True) -> None:
-        """The engine is done with a request. `whole` is False for one that was cut short."""
+    def finish(self, ticket: Ticket, *, learn: bool = True) -> None:
+        """The engine is done with a request. `learn` is False where its length tells nothing of its user's habits."""
+        user = self._users[ticket.user]
         ticket.running = False
-        self._pay(ticket, ticket.owed)
+        self._in_engine.remove(ticket)
+        if ticket.contended:
+            self._order.charge(ticket, -ticket.owed)
+        self._pay(user, ticket, ticket.owed)
         self.room.give_back(ticket.held)
-        if whole:
+        user.held -= ticket.held
+        user.running -= 1
+        if learn:
             self.room.learn(ticket.user, ticket.generated)
-        left = self.running[ticket.user] - 1
-        if left:
-            self.running[ticket.user] = left
-        else:
-            del self.running[ticket.user], self._owed[ticket.user]
-        self.counters.forget(self._queues.keys() | self.running.keys())
+        self._forget(user)
+        self.counters.forget(self._users)
         self.dispatch()
+        self._forecast.look(user)
 
-    def predicted_wait(self, account: Account) -> float:
-        """Seconds that a request would wait if it came now; 0 where nothing is known yet."""
-        rate = self.rate.per_second
-        if not self._queues or not rate:
-            return 0.0
-        return self._cost_ahead(account) / rate
+    def predicted_wait(self, account: Account, prompt: int = 0, most: int = 0) -> float:
+        """Seconds that such a request would wait if it came now; 0 where nothing is known yet."""
+        room, user = self.room, self._users.get(account.user)
+        expected = room.expected_generated(account.user, most)
+        fits = room.fits(room.held_by(prompt, expected), newcomer=self._is_newcomer(account.weight, user))
+        cost = self.counters.cost(prompt, expected)
+        return self._forecast.wait(account, user, cost, self._in_engine, fits=fits)
 
-    def seconds_for(self, tokens: int) -> float:
-        """How long the engine needs for so many tokens of queue to go; 1 where nothing is known yet."""
-        rate = self.rate.per_second
-        return self.counters.generated_cost * tokens / rate if rate else 1.0
+    @property
+    def running(self) -> dict[str, int]:
+        """Requests in the engine, by user."""
+        return {name: user.running for name, user in self._users.items() if user.running}
 
     def waiting(self) -> dict[str, int]:
         """Requests in the queue, by user."""
-        return {user: len(queue) for user, queue in self._queues.items()}
+        return {name: len(user.waiting) for name, user in self._users.items() if user.waiting}
 
     def snapshot(self) -> dict[str, Any]:
         """For the live view."""
-        users = self._queues.keys() | self.running.keys()
         return {
             "policy": self.policy,
             "queued_requests": self.queued_requests,
@@ -166,71 +168,55 @@ class Scheduler:
             "capacity_tokens": self.room.capacity.tokens,
             "service_rate": self.rate.per_second,
             "users": {
-                user: {
-                    "queued": len(self._queues.get(user, ())),
-                    "in_flight": self.running.get(user, 0),
-                    "service": self.counters.service.get(user, 0.0),
+                name: {
+                    "queued": len(user.waiting),
+                    "in_flight": user.running,
+                    "service": self.counters.service.get(name, 0.0),
                 }
-                for user in sorted(users)
+                for name, user in sorted(self._users.items())
             },
         }
 
-    def _next(self) -> Ticket | None:
-        heads = [queue[0] for queue in self._queues.values()]
-        if not heads:
-            return None
-        if self.policy == "fcfs":
-            return min(heads, key=lambda head: head.joined)
-        latest = self.clock() - self._ageing
-        aged = [head for head in heads if head.batch and head.joined <= latest]
-        interactive = [head for head in heads if not head.batch]
-        return min(aged or interactive or heads, key=self._place)
+    def _user(self, ticket: Ticket) -> User:
+        user = self._users.get(ticket.user)
+        if user is None:
+            rate = ServiceRate(self.clock)
+            user = self._users[ticket.user] = User(ticket.user, ticket.weight, ticket.batch, rate)
+            self._forecast.weights += user.weight
+        elif not user.waiting:  # an operator may have changed both
+            self._forecast.weights += ticket.weight - user.weight
+            user.weight, user.batch = ticket.weight, ticket.batch
+        return user
 
-    def _place(self, head: Ticket) -> tuple[float, int, float]:
-        """What is lowest goes first: service had, and service under way as far as it can be predicted.
+    def _fits(self, ticket: Ticket) -> bool:
+        room = self.room
+        ticket.expected = room.expected_generated(ticket.user, ticket.most)
+        ticket.held = room.held_by(ticket.prompt, ticket.expected)
+        return room.fits(ticket.held, newcomer=self._is_newcomer(ticket.weight, self._users[ticket.user]))
 
-        Without the second part, all places that come free go to one user until its tokens have streamed, then all to
-        another: fair over minutes only (the paper's section on length prediction).
-        """
-        user = head.user
-        service = self.counters.service[user] + self._owed.get(user, 0.0) / head.weight
-        return service, self.running.get(user, 0), head.joined
+    def _is_newcomer(self, weight: float, user: User | None) -> bool:
+        """Whether what is kept for newcomers is for this user: who has less than half his share of the engine."""
+        if user is None or not user.running:
+            return True
+        return self.room.share(user.held, user.running) < weight / (2 * self._forecast.weights)
 
-    def _pay(self, ticket: Ticket, cost: float) -> None:
-        ticket.owed -= cost
-        self._owed[ticket.user] -= cost
-
-    def _left(self, ticket: Ticket) -> None:
+    def _take_out(self, ticket: Ticket, *, stays: bool = False) -> None:
+        user = self._users[ticket.user]
+        ticket.waiting = False
+        user.remove(ticket)
         self.queued_requests -= 1
-        self.queued_tokens -= ticket.prompt + ticket.most
-        self._backlog[ticket.user] -= ticket.cost
-        if not self._queues[ticket.user]:
-            del self._queues[ticket.user], self._backlog[ticket.user]
-            self.counters.left_queue(ticket.user)
+        self.queued_tokens -= ticket.tokens
+        if not user.waiting:
+            self._order.left(user)
+            self._forecast.look(user)
+            if not stays:
+                self._forget(user)
 
-    def _cost(self, ticket: Ticket) -> float:
-        expected = self.room.expected_generated(ticket.user, ticket.most)
-        return self.counters.prompt_cost * ticket.prompt + self.counters.generated_cost * expected
+    def _forget(self, user: User) -> None:
+        if not user.waiting and not user.running:
+            del self._users[user.name]
+            self._forecast.weights -= user.weight
 
-    def _cost_ahead(self, account: Account) -> float:
-        """Cost of what would be dispatched before a new request of this user.
-
-        Under vtc, other users are served until their counters reach where the user's own queue takes its counter.
-        """
-        if self.policy == "fcfs":
-            return sum(self._backlog.values())
-        service = self.counters.service
-        own = self._backlog.get(account.user, 0.0)
-        start = service.get(account.user, 0.0)
-        if account.user not in self._queues:
-            start = max(start, min(service[user] for user in self._queues))
-        end = start + own / account.weight
-        ahead = own
-        for user, queue in self._queues.items():
-            if user == account.user or (queue[0].batch and account.priority == "interactive"):
-                continue
-            if account.priority == "batch" and not queue[0].batch:
-                ahead += self._backlog[user]
-            else:
-                ahead += min(self._backlog[user], max(0.0, (end - service[user]) * queue[0].weight))
-        return ahead
+    def _pay(self, user: User, ticket: Ticket, cost: float) -> None:
+        ticket.owed -= cost
+        user.owed -= cost

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 from synthia_vllm.gateway.accounts import UserLimits
 
 WINDOW_S = 60.0
+
+# While what counts can't be asked: refuse, or count here and let pass what can't be counted.
+OnLoss = Literal["closed", "local"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +39,15 @@ class Limiter(Protocol):
     """Counts exactly, over a sliding window of 60 s: each admission and its tokens count from then until 60 s later.
 
     `reserve` takes all or nothing, in one step: a refused request costs nothing. `settle` puts what was really used in
-    the place of what was reserved; settling twice, or what is not known, does nothing.
+    the place of what was reserved; settling twice, or what is not known, does nothing. A clock that is set, forwards or
+    backwards, changes nothing of the window; only months are the calendar's.
     """
 
     async def reserve(self, user: str, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None: ...
+
+    async def look(self, user: str, limits: UserLimits) -> Refusal | None:
+        """What even a request for one token would be refused for now. Books nothing."""
+        ...
 
     async def settle(self, user: str, call_id: str, tokens: int) -> None: ...
 

@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import LimitExceeded, RequestError
-from synthia_vllm.gateway.accounts import UNLIMITED, UserLimits
+from synthia_vllm.gateway.accounts import UNLIMITED, Account, UserLimits
 from synthia_vllm.gateway.limits.base import Limiter, Refusal
 from synthia_vllm.gateway.request import Layer, Request
 
@@ -26,6 +27,7 @@ class Limits:
         self.engine = engine
         self.limiter = limiter
         self.defaults = defaults
+        self.arrivals = Arrivals(limiter, defaults)
         self._settling: set[asyncio.Task[None]] = set()
 
     def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -41,6 +43,8 @@ class Limits:
         except asyncio.CancelledError:
             await self._to_its_end(self._give_back(reserving, request))
             raise
+        finally:
+            self.arrivals.decided(request.id)
         if refusal is not None:
             raise _error(refusal)
         try:
@@ -64,6 +68,41 @@ class Limits:
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
         await asyncio.shield(task)
+
+
+class Arrivals:
+    """Looks at a user's limits before the work that a request makes, which may be a second of a processor.
+
+    Books nothing: how much is asked for is known after that work, and reserved then by `Limits`. Of a user with limits
+    one long request at a time is worked on, until that is decided: else all that come at once would pass the look.
+    """
+
+    def __init__(self, limiter: Limiter, defaults: UserLimits) -> None:
+        self.limiter = limiter
+        self.defaults = defaults
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._held: dict[str, asyncio.Lock] = {}  # request: its user's turn
+
+    async def look(self, account: Account) -> None:
+        """Raises LimitExceeded for what would be refused whatever it asks for."""
+        limits = merge(account.limits, self.defaults)
+        if limits != UNLIMITED and (refusal := await self.limiter.look(account.user, limits)) is not None:
+            raise _error(refusal)
+
+    async def take_turn(self, account: Account, request_id: str) -> None:
+        """Waits until it is its user's turn, and looks again. `decided` must follow, whatever becomes of it."""
+        if merge(account.limits, self.defaults) == UNLIMITED:
+            return
+        turn = self._turns.get(account.user) or asyncio.Lock()
+        self._turns[account.user] = turn
+        await turn.acquire()
+        self._held[request_id] = turn
+        await self.look(account)
+
+    def decided(self, request_id: str) -> None:
+        """It is reserved or refused, or will never be; may be told twice."""
+        if (turn := self._held.pop(request_id, None)) is not None:
+            turn.release()
 
 
 def merge(own: UserLimits, defaults: UserLimits) -> UserLimits:

@@ -1,6 +1,5 @@
 """Limits counted in this process: for one gateway."""
 
-import asyncio
 import math
 import time
 from collections import deque
@@ -8,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from synthia_vllm.gateway.accounts import UserLimits
-from synthia_vllm.gateway.limits.base import WINDOW_S, Refusal, Standing, month_of
+from synthia_vllm.gateway.limits.base import WINDOW_S, OnLoss, Refusal, Standing, month_of
+from synthia_vllm.gateway.limits.billed import Billed, Spent
 
-Spent = Callable[[str, float], int]
 _MOST_USERS = 10_000  # beyond, those with nothing in the window are forgotten, and again at each doubling
 _LEARNING_RATE = 0.2
 
@@ -20,6 +19,7 @@ class _Admission:
     at: float
     tokens: int
     month: str
+    in_window: bool = True
 
 
 @dataclass(slots=True)
@@ -32,27 +32,45 @@ class _User:
 
     def expire(self, now: float) -> None:
         while self.window and self.window[0].at + WINDOW_S <= now:
-            self.window_tokens -= self.window.popleft().tokens
+            gone = self.window.popleft()
+            gone.in_window = False
+            self.window_tokens -= gone.tokens
 
 
 class MemoryLimiter:
-    """`spent(user, since)` gives the tokens that the ledger has billed: the month's counter starts from it."""
+    """`spent(user, since)` gives the tokens that the ledger has billed: the month's counter starts from it.
 
-    def __init__(self, *, spent: Spent | None = None, clock: Callable[[], float] = time.time) -> None:
-        self._spent = spent
+    The window is by `clock`, which nobody can set; only which month it is, `wall` says.
+    """
+
+    def __init__(
+        self,
+        *,
+        spent: Spent | None = None,
+        on_loss: OnLoss = "local",
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._billed = Billed(spent, on_loss)
         self._clock = clock
+        self._wall = wall
         self._users: dict[str, _User] = {}
         self._most_users = _MOST_USERS
 
     async def reserve(self, user: str, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None:
-        month, start, _ = month_of(self._clock())
+        month, start, _ = month_of(self._wall())
         if limits.tokens_per_month is not None and month not in self._user(user).months:
-            spent = await asyncio.to_thread(self._spent, user, start) if self._spent else 0
-            state = self._user(user)
-            # The ledger does not have what is open yet.
-            reserved = sum(admission.tokens for admission in state.open.values() if admission.month == month)
-            state.months.setdefault(month, spent + reserved)
+            spent = await self._billed.since(user, start)
+            if spent is not None:
+                state = self._user(user)
+                # The ledger does not have what is open yet.
+                reserved = sum(admission.tokens for admission in state.open.values() if admission.month == month)
+                state.months.setdefault(month, spent + reserved)
         return self._reserve(self._user(user), limits, call_id, tokens)
+
+    async def look(self, user: str, limits: UserLimits) -> Refusal | None:
+        state = self._users.get(user)
+        return None if state is None else self._refusal(state, limits, 1)
 
     async def settle(self, user: str, call_id: str, tokens: int) -> None:
         state = self._users.get(user)
@@ -62,7 +80,7 @@ class MemoryLimiter:
         now = self._clock()
         state.expire(now)
         change = tokens - admission.tokens
-        if admission.at + WINDOW_S > now:
+        if admission.in_window:
             state.window_tokens += change
         admission.tokens = tokens
         if admission.month in state.months:
@@ -74,7 +92,7 @@ class MemoryLimiter:
         if state is None:
             return Standing()
         state.expire(self._clock())
-        month, _, _ = month_of(self._clock())
+        month, _, _ = month_of(self._wall())
         return Standing(len(state.window), state.window_tokens, len(state.open), state.months.get(month, 0))
 
     async def close(self) -> None:
@@ -103,18 +121,10 @@ class MemoryLimiter:
 
     def _reserve(self, state: _User, limits: UserLimits, call_id: str, tokens: int) -> Refusal | None:
         """The decision and the booking, without a pause in between."""
-        now = self._clock()
-        state.expire(now)
-        month, _, month_end = month_of(now)
-        found = (
-            self._requests(state, limits.requests_per_minute, now),
-            self._tokens(state, limits.tokens_per_minute, tokens, now),
-            self._concurrent(state, limits.concurrent_requests, now),
-            self._month(state, limits.tokens_per_month, tokens, month, month_end - now),
-        )
-        if refusals := [refusal for refusal in found if refusal is not None]:
-            return max(refusals, key=lambda refusal: refusal.retry_after)  # all must have passed
-        admission = _Admission(now, tokens, month)
+        if (refusal := self._refusal(state, limits, tokens)) is not None:
+            return refusal
+        month, _, _ = month_of(self._wall())
+        admission = _Admission(self._clock(), tokens, month)
         state.window.append(admission)
         state.window_tokens += tokens
         state.open[call_id] = admission
@@ -122,6 +132,19 @@ class MemoryLimiter:
         if month in state.months:
             state.months[month] += tokens
         return None
+
+    def _refusal(self, state: _User, limits: UserLimits, tokens: int) -> Refusal | None:
+        now, wall = self._clock(), self._wall()
+        state.expire(now)
+        month, _, month_end = month_of(wall)
+        found = (
+            self._requests(state, limits.requests_per_minute, now),
+            self._tokens(state, limits.tokens_per_minute, tokens, now),
+            self._concurrent(state, limits.concurrent_requests, now),
+            self._month(state, limits.tokens_per_month, tokens, month, month_end - wall),
+        )
+        refusals = [refusal for refusal in found if refusal is not None]
+        return max(refusals, key=lambda refusal: refusal.retry_after, default=None)  # all must have passed
 
     def _requests(self, state: _User, limit: int | None, now: float) -> Refusal | None:
         if limit is None or len(state.window) < limit:

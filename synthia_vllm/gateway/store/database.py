@@ -18,9 +18,20 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.store.tables import Base
+from synthia_vllm.secret_urls import DATABASE_FORM, database_url
 
 DATA_VARIABLE = "SYNTHIA_DATA"
-_CONNECT_TIMEOUT_S = 5
+# A server behind a line that drops its packets is lost after these; else a query waits for a quarter of an hour, and
+# where the line heals, until its packet is sent once more. What an address says itself, holds.
+_PATIENCE = {
+    "connect_timeout": 5,  # seconds, for each host of the address
+    "tcp_user_timeout": 5000,  # milliseconds for what was sent to arrive
+    "keepalives_idle": 3,  # seconds of silence, then a probe a second
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+}
+_CHECKOUT_S = 5.0  # for a connection of the pool to be free
+_SESSION = {"statement_timeout": "30s", "idle_in_transaction_session_timeout": "60s"}
 _BUSY_TIMEOUT_MS = 5000
 # Two gateways that start together must not both make the tables. Any number will do that nobody else uses.
 _POSTGRES_LOCK = 0x53594E54
@@ -42,14 +53,18 @@ def open_database(url: str | None = None, *, read_only: bool = False) -> Engine:
     """
     try:
         address = make_url(url or f"sqlite:///{data_folder() / 'synthia.db'}")
+        if address.get_backend_name() != "sqlite":
+            database_url(address.host, address.username, address.database, *map(str, address.query.values()))
         locked = read_only and _locked(address)
-        engine = _create_read_only(address) if locked else _create(address)
+        engine = _create_read_only(address) if locked else _create(address, bounded=not read_only)
     except OSError as error:
-        where = url or f"in {error.filename}"
+        where = shown(address) if url else f"in {error.filename}"
         raise SetupError(f"--access.database {where}: {error.strerror}; name a file that this user may write") from None
-    except (ArgumentError, ImportError, ValueError) as error:
-        raise SetupError(f"--access.database: {error}; an SQLAlchemy URL, see --help") from None
-    shown = address.render_as_string(hide_password=True)
+    except ImportError as error:
+        raise SetupError(f"--access.database: {error}; install what its URL names, or name another") from None
+    except (ArgumentError, ValueError):  # whose text may hold a part of the password
+        raise SetupError(f"--access.database: {DATABASE_FORM}") from None
+    where = shown(address)
     try:
         if locked:
             _check_version(engine)
@@ -58,12 +73,17 @@ def open_database(url: str | None = None, *, read_only: bool = False) -> Engine:
     except (SQLAlchemyError, OSError) as error:  # an OSError: of the lock's file
         engine.dispose()
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise SetupError(f"--access.database {shown}: {reason}; is it running, and may this user open it?") from None
+        raise SetupError(f"--access.database {where}: {reason}; is it running, and may this user open it?") from None
     except CommandError as error:
         engine.dispose()
         cure = "copy it to where it can be written" if locked else "a newer version has opened it: install that"
-        raise SetupError(f"--access.database {shown}: {error}; {cure}") from None
+        raise SetupError(f"--access.database {where}: {error}; {cure}") from None
     return engine
+
+
+def shown(address: URL) -> str:
+    """Where a database is, less who asks it and how: a password may stand in any of that."""
+    return URL.create(address.drivername, None, None, address.host, address.port, address.database).render_as_string()
 
 
 def migrate(engine: Engine) -> None:
@@ -76,6 +96,7 @@ def migrate(engine: Engine) -> None:
         return
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
+            connection.execute(text("SET LOCAL statement_timeout = 0"))  # a large ledger may take its time
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _POSTGRES_LOCK})
         _upgrade(connection)
 
@@ -86,9 +107,14 @@ def insert_or_ignore(engine: Engine, table: type[Base], key: str) -> Any:
     return insert(table).on_conflict_do_nothing(index_elements=[key])
 
 
-def _create(address: Any) -> Engine:
+def _create(address: URL, *, bounded: bool) -> Engine:
+    """`bounded`: no statement takes for ever, which a sum over years may need."""
     if address.get_backend_name() != "sqlite":
-        return create_engine(address, pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_TIMEOUT_S})
+        patience = {name: value for name, value in _PATIENCE.items() if name not in address.query}
+        engine = create_engine(address, pool_pre_ping=True, pool_timeout=_CHECKOUT_S, connect_args=patience)
+        if bounded and "options" not in address.query:
+            event.listen(engine, "connect", _prepare_postgres)
+        return engine
     if address.database and address.database != ":memory:":
         # Made here, so that nobody else can read it before its mode is set. SQLite's other files take its mode.
         os.close(os.open(address.database, os.O_CREAT | os.O_RDWR, 0o600))
@@ -123,9 +149,18 @@ def _check_version(engine: Engine) -> None:
         raise CommandError("its tables are another version's, and it can't be written")
 
 
+def _prepare_postgres(connection: Any, _: object) -> None:
+    with connection.cursor() as cursor:
+        for name, value in _SESSION.items():
+            cursor.execute(f"SET {name} = '{value}'")
+    connection.commit()
+
+
 def _prepare_sqlite(connection: Any, _: object) -> None:
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", f"busy_timeout={_BUSY_TIMEOUT_MS}", "synchronous=NORMAL", "foreign_keys=ON"):
+    # FULL: with NORMAL a power cut takes back the last commits, a key's revocation among them. The ledger pays a sync
+    # for each batch, beside the requests.
+    for pragma in ("journal_mode=WAL", f"busy_timeout={_BUSY_TIMEOUT_MS}", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

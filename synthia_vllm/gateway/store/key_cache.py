@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -12,11 +11,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from synthia_vllm.errors import Overloaded
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.store.keys import KeyStore, well_formed
+from synthia_vllm.gateway.store.threads import DaemonThreads
 
 _POLL_S = 1.0
 _MOST = 10_000  # known and unknown keys that are remembered
-# Without its database a gateway goes on with the keys that it knows for so long.
-_BLIND_S = 60.0
+BLIND_S = 60.0  # without its database, or its watch, a gateway goes on for so long with the keys that it knows
 _ANSWER_S = 3.0  # a database that takes longer counts as lost
 
 _log = structlog.get_logger(__name__)
@@ -33,15 +32,22 @@ class KeyCache:
         self._clock = clock
         self._known: OrderedDict[str, Account | None] = OrderedDict()
         self._revision: int | None = None
-        self._seen = clock()  # when the database last answered
-        self._pool = ThreadPoolExecutor(4, thread_name_prefix="keys")
-        self._watcher = ThreadPoolExecutor(1, thread_name_prefix="keys-watch")  # a flood of look-ups can't hold it up
+        self._seen = clock()  # when the watch last had an answer of the database
+        self._pool = DaemonThreads(4, "keys")
+        self._watcher = DaemonThreads(1, "keys-watch")  # a flood of look-ups can't hold it up
+
+    @property
+    def blind(self) -> bool:
+        """No revocation has been looked for in so long that no known key is believed."""
+        return self._clock() - self._seen > BLIND_S
 
     async def lookup(self, presented: str) -> Account | None:
         """The account that a key opens; None for a key that is malformed, unknown, revoked or expired."""
         if not well_formed(presented):
             return None
         digest = self._store.digest(presented)
+        if self.blind:
+            self._known.clear()
         if digest in self._known:
             self._known.move_to_end(digest)
             account = self._known[digest]
@@ -52,14 +58,14 @@ class KeyCache:
         return account
 
     async def watch(self) -> None:
-        """Forgets everything when the revision moves. Runs until it is cancelled."""
+        """Forgets everything when the revision moves. Runs until it is cancelled; needs to be supervised."""
         while True:
             await self._poll()
             await asyncio.sleep(_POLL_S)
 
     def close(self) -> None:
         for pool in (self._pool, self._watcher):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown()
 
     async def _ask(self, digest: str, presented: str) -> Account | None:
         revision = self._revision
@@ -67,9 +73,9 @@ class KeyCache:
         try:
             async with asyncio.timeout(_ANSWER_S):
                 account = await loop.run_in_executor(self._pool, self._store.find, presented)
-        except (SQLAlchemyError, TimeoutError):
+        except (SQLAlchemyError, TimeoutError, RuntimeError):  # a RuntimeError: no thread can be started
             raise Overloaded("keys can't be looked up now", 5.0) from None
-        if revision == self._revision:  # else it may be known in a state that is gone
+        if revision == self._revision and not self.blind:  # else it may be known in a state that is gone
             self._known[digest] = account
             if len(self._known) > _MOST:
                 self._known.popitem(last=False)
@@ -84,8 +90,6 @@ class KeyCache:
             if self._revision is not None:
                 _log.error("key_database_lost", error=str(error).partition("\n")[0] or "no answer")
                 self._revision = None
-            if self._clock() - self._seen > _BLIND_S:
-                self._known.clear()
             return
         if revision != self._revision:
             self._known.clear()

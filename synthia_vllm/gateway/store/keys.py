@@ -7,7 +7,7 @@ import os
 import secrets
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from synthia_vllm.settings import Settings
 PREFIX = "sk-synthia-"
 _ALPHABET = string.ascii_letters + string.digits
 _ID_LENGTH, _SECRET_LENGTH = 8, 32  # 32 letters of 62: 190 bits
+_OF_A_NEW_USER: dict[str, Any] = {"weight": 1.0, "priority": "interactive"}
 _KEY_LENGTH = len(PREFIX) + _ID_LENGTH + _SECRET_LENGTH
 
 
@@ -32,6 +33,13 @@ class UnknownKey(SetupError):
 
     def __init__(self, key_id: str) -> None:
         super().__init__(f"there is no active key {key_id!r}; `synthia-vllm keys list` shows the ids")
+
+
+class UnknownUser(SetupError):
+    """There is no user of that name."""
+
+    def __init__(self, user: str) -> None:
+        super().__init__(f"there is no user {user!r}; `synthia-vllm keys create --user` makes one with its first key")
 
 
 def load_secret(settings: Settings) -> bytes:
@@ -86,19 +94,36 @@ class KeyStore:
         priority: Priority | None = None,
         limits: UserLimits | None = None,
         models: Sequence[str] | None = None,
+        unset: Collection[str] = (),
     ) -> tuple[str, str]:
-        """Makes a key, and its user if need be; returns id and key. What is None leaves an existing user as it is."""
-        given: dict[str, Any] = {"weight": weight, "priority": priority, "models": list(models) if models else None}
-        if limits is not None:
-            given |= asdict(limits)
+        """Makes a key, and its user if need be; returns id and key.
+
+        What is None leaves an existing user as it is; what is named in `unset` is as if it had never been set.
+        """
         with Session(self.engine) as session, session.begin():
-            new = {"name": user, "weight": 1.0, "priority": "interactive", "created": time.time()}
+            new = {"name": user, **_OF_A_NEW_USER, "created": time.time()}
             session.execute(insert_or_ignore(self.engine, User, "name"), new)
-            row = session.get_one(User, user)
-            for name, value in given.items():
-                if value is not None:
-                    setattr(row, name, value)
+            _change(session.get_one(User, user), weight, priority, limits, models, unset)
             return self._add(session, user, admin=admin, expires=expires)
+
+    def change(
+        self,
+        user: str,
+        *,
+        weight: float | None = None,
+        priority: Priority | None = None,
+        limits: UserLimits | None = None,
+        models: Sequence[str] | None = None,
+        unset: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """Sets what holds for a user, as `create` does, without another key; returns all of it. Raises UnknownUser."""
+        with Session(self.engine) as session, session.begin():
+            row = session.get(User, user)
+            if row is None:
+                raise UnknownUser(user)
+            _change(row, weight, priority, limits, models, unset)
+            _bump(session)
+            return as_dict(row)
 
     def rotate(self, key_id: str, grace: float = 0.0) -> tuple[str, str]:
         """A new key with the same end for the same user; the old one ends after `grace` seconds.
@@ -188,6 +213,21 @@ def well_formed(presented: str) -> bool:
 
 def _random(length: int) -> str:
     return "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+def _change(
+    row: User,
+    weight: float | None,
+    priority: Priority | None,
+    limits: UserLimits | None,
+    models: Sequence[str] | None,
+    unset: Collection[str],
+) -> None:
+    given = {"weight": weight, "priority": priority, "models": list(models) if models else None}
+    given |= asdict(limits) if limits is not None else {}
+    for name, value in given.items():
+        if value is not None or name in unset:
+            setattr(row, name, _OF_A_NEW_USER.get(name) if name in unset else value)
 
 
 def _bump(session: Session) -> None:

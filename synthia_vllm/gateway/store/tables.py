@@ -85,6 +85,10 @@ class Writer(Base):
     pid: Mapped[int] = mapped_column(Integer)
     started: Mapped[float] = mapped_column(Float)
     last_flush: Mapped[float] = mapped_column(Float)
+    # What was under way then: requests, their tokens so far, and the most that these might come to.
+    open_requests: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    open_tokens: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    open_tokens_most: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
     ended: Mapped[float | None] = mapped_column(Float)
     gap: Mapped[bool] = mapped_column(Boolean, default=False)  # ended without a word: rows after last_flush are lost
 

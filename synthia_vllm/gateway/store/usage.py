@@ -27,10 +27,16 @@ class UsageRow:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A gateway ended without a word: its rows from `since` to at most `until` may be missing. Unix times."""
+    """A gateway ended without a word: its rows from `since` to at most `until` may be missing. Unix times.
+
+    At `since` so many requests were under way, with so many tokens; they came to no more than `tokens_most`.
+    """
 
     since: float
     until: float
+    requests: int = 0
+    tokens: int = 0
+    tokens_most: int = 0
 
 
 def usage(
@@ -71,7 +77,10 @@ def gaps(engine: Engine, since: float | None = None, until: float | None = None)
     """Where the ledger may have holes."""
     query = select(Writer).where(Writer.gap).order_by(Writer.last_flush)
     with Session(engine) as session:
-        found = [Gap(row.last_flush, row.ended or row.last_flush) for row in session.scalars(query)]
+        found = [
+            Gap(row.last_flush, row.ended or row.last_flush, row.open_requests, row.open_tokens, row.open_tokens_most)
+            for row in session.scalars(query)
+        ]
     return [gap for gap in found if (since is None or gap.until >= since) and (until is None or gap.since < until)]
 
 

@@ -19,7 +19,7 @@ LIMIT = 100_000
 class Echo:
     """Reads and tells the body, but for the paths `/early` (401, unread), `/broken` and `/wait`.
 
-    `/stream` answers in ten chunks, `/flood` in as many as its query says.
+    `/stream` answers in ten chunks, `/flood` in as many as its query says, `/drip` until its client has left.
     """
 
     served: list[tuple[str, str, bytes | None]] = field(default_factory=list)  # method, path, body
@@ -49,6 +49,16 @@ class Echo:
             while (await receive())["type"] != "http.disconnect":
                 pass
             self.disconnected.append(scope["query_string"].decode())
+            return
+        if path == "/drip":
+            left = asyncio.ensure_future(receive())  # a GET's empty body
+            await left
+            left = asyncio.ensure_future(receive())
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while not left.done():
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                await asyncio.sleep(0.01)
+            self.disconnected.append(path)
             return
         body = await read_body(scope, receive, LIMIT, 5.0)
         self.served.append((scope["method"], path, body))

@@ -54,6 +54,24 @@ async def test_a_body_comes_in_parts() -> None:
     assert await read_body(scope(), arriving(), 3) == b""
 
 
+@pytest.mark.parametrize(
+    ("first", "part", "comes"), [(b"", b"a", False), (b"a" * 900_000, b"a", False), (b"", b"a" * 100, True)]
+)
+async def test_a_body_that_trickles_is_given_up(first: bytes, part: bytes, comes: bool) -> None:
+    parts = iter([first or part] + [part] * 59)
+
+    async def receive() -> Message:
+        await asyncio.sleep(0.02)
+        found = next(parts, b"")
+        return {"type": "http.request", "body": found, "more_body": bool(found)}
+
+    if comes:
+        assert await read_body(scope(), receive, 10**6, 0.5) == part * 60
+    else:
+        with pytest.raises(BodyTimeout):
+            await read_body(scope(), receive, 10**6, 0.5)
+
+
 async def test_a_client_that_leaves_has_sent_no_body() -> None:
     assert await read_body(scope(), arriving(b"a", then={"type": "http.disconnect"}), 3) is None
 

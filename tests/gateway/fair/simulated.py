@@ -4,7 +4,8 @@ from collections import defaultdict
 
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.fair.scheduler import Scheduler, Ticket
+from synthia_vllm.gateway.fair.scheduler import Scheduler
+from synthia_vllm.gateway.fair.tickets import Ticket
 
 
 class Clock:
@@ -40,10 +41,14 @@ class SimulatedEngine:
             if ticket.generated == self.lengths[ticket]:
                 self.running.remove(ticket)
                 self.scheduler.finish(ticket)
+                self._finished(ticket)
 
     def run(self) -> None:
         while self.running:
             self.step()
+
+    def _finished(self, ticket: Ticket) -> None:
+        """For users who ask again."""
 
     def _start(self, ticket: Ticket) -> None:
         self.running.append(ticket)

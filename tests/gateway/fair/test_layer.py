@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 
 from synthia_vllm.engine.port import Capacity
-from synthia_vllm.errors import Overloaded, QueueTimeout
+from synthia_vllm.errors import Overloaded, QueueTimeout, UpstreamLost
 from synthia_vllm.gateway.fair.layer import FairQueue
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from synthia_vllm.gateway.meter import Meter
@@ -125,3 +125,30 @@ async def test_one_users_queue_does_not_make_another_wait(layer: FairQueue, engi
     engine.release.set()
     await asyncio.gather(*tasks)
     assert engine.entered[1] == "c-0"  # bob's, though it came last
+
+
+async def test_who_has_most_in_a_full_queue_loses_his_newest_with_a_clean_503(layer: FairQueue, engine: Held) -> None:
+    first, older, newest = collecting(layer, [make_request(id=id) for id in "abc"])
+    await settle()
+    bob = asyncio.ensure_future(collect(layer, make_request("bob", id="bob")))
+    await settle()
+    with pytest.raises(Overloaded, match="full") as caught:
+        await newest
+    assert caught.value.status == 503
+    assert dict(caught.value.headers)[b"retry-after"]
+    engine.release.set()
+    await asyncio.gather(first, older, bob)
+    assert engine.entered == ["a-0", "bob-0", "b-0"]
+    assert layer.scheduler.queued_requests == layer.scheduler.queued_tokens == layer.scheduler.room.requests == 0
+
+
+async def test_the_usual_length_is_learned_from_who_leaves_and_not_from_an_engine_that_breaks(layer: FairQueue) -> None:
+    layer.engine = Sequences(Meter(Saying(*tokens("a", "b", "c"))))
+    leaving = layer.generate(make_request(most=900))
+    await anext(leaving)
+    await leaving.aclose()
+    assert layer.scheduler.room.expected_generated("alice", 900) == 1
+    layer.engine = Sequences(Meter(Saying(*tokens("a", "b", "c")[:2], UpstreamLost("gone"))))
+    with pytest.raises(UpstreamLost):
+        await collect(layer, make_request("bob", most=900))
+    assert layer.scheduler.room.expected_generated("bob", 900) == 1  # what is known of the others

@@ -24,11 +24,17 @@ SLACK = 1e-5
 
 
 class Clock:
+    """`off` is how far the wall's clock is from it, which somebody sets."""
+
     def __init__(self) -> None:
         self.now = START
+        self.off = 0
 
     def __call__(self) -> float:
         return self.now
+
+    def wall(self) -> float:
+        return self.now + self.off
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -43,10 +49,12 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
         limiter: Limiter
         if url is None:
-            limiter = MemoryLimiter(clock=clock, spent=ledger)
+            limiter = MemoryLimiter(clock=clock, wall=clock.wall, spent=ledger)
         else:
             redis.Redis.from_url(url).flushall()
-            limiter = SharedLimiter(url, clock=clock, spent=ledger, lease=10_000.0)
+            limiter = SharedLimiter(
+                url, clock=clock.wall, monotonic=clock, wall=clock.wall, spent=ledger, lease=10_000.0
+            )
         yield limiter
         # A script that fails reads like a Redis that is gone, and the fallback would hide it.
         assert getattr(limiter, "_down_since", None) is None
@@ -153,7 +161,7 @@ async def test_a_month_limited_later_counts_what_was_open_before(kind: Any) -> N
 
 async def test_a_month_forgotten_comes_back_from_the_ledger() -> None:
     billed = 0
-    limiter = MemoryLimiter(clock=Clock(), spent=lambda user, since: billed)
+    limiter = MemoryLimiter(clock=Clock(), wall=Clock(), spent=lambda user, since: billed)
     limits = UserLimits(tokens_per_month=1000)
     await limiter.reserve("a", limits, "1", 300)
     billed = 600  # by other gateways
@@ -192,6 +200,7 @@ steps = st.lists(
         st.tuples(st.just("start"), st.integers(1, 60)),
         st.tuples(st.just("end"), st.integers(0, 40)),  # finished, cut, or cancelled: any number of tokens
         st.tuples(st.just("wait"), st.integers(1, 40)),
+        st.tuples(st.just("jump"), st.sampled_from([-3600, -90, 90, 3600])),  # somebody sets the clock
     ),
     max_size=60,
 )
@@ -211,13 +220,17 @@ def test_any_schedule(kind: Any, limits: UserLimits, schedule: list[tuple[str, i
 
 
 async def _follow(kind: Any, limits: UserLimits, schedule: list[tuple[str, int]]) -> None:
-    """Decisions equal the naive ones; a Retry-After is enough, and a second less is not; all returns to zero."""
+    """Decisions equal the naive ones, whatever the wall's clock shows; a Retry-After is enough, and a second less is
+    not; all returns to zero.
+    """
     clock, naive = Clock(), Naive(limits)
     async with kind(clock) as limiter:
         for number, (step, value) in enumerate(schedule):
             running = [entry for entry in naive.admitted if entry[3]]
             if step == "wait":
                 clock.now += value
+            elif step == "jump":
+                clock.off += value
             elif step == "end" and running:
                 entry = running[value % len(running)]
                 entry[1], entry[3] = min(value, entry[1]), False
@@ -252,11 +265,13 @@ def test_waiting_as_told_gets_in_and_a_second_less_does_not(
 async def _wait_as_told(limits: UserLimits, schedule: list[tuple[str, int]]) -> None:
     """Asks copies of the counter in memory, moved to the times in question; all limits together."""
     clock = Clock()
-    limiter = MemoryLimiter(clock=clock)
+    limiter = MemoryLimiter(clock=clock, wall=clock.wall)
     running: list[str] = []
     for number, (step, value) in enumerate(schedule):
         if step == "wait":
             clock.now += value
+        elif step == "jump":
+            clock.off += value
         elif step == "end" and running:
             await limiter.settle("a", running.pop(value % len(running)), value)
         elif step == "start":

@@ -8,11 +8,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from sqlalchemy import Engine, inspect, text
+from alembic import command
+from sqlalchemy import Engine, create_engine, inspect, text
 from sqlalchemy.exc import OperationalError
 
 from synthia_vllm.errors import SetupError
-from synthia_vllm.gateway.store.database import open_database
+from synthia_vllm.gateway.store.database import _alembic, open_database
 from synthia_vllm.gateway.store.keys import KeyStore
 from synthia_vllm.gateway.store.usage import usage
 from tests.services import Postgres
@@ -67,7 +68,7 @@ def test_sqlite_is_set_up_for_several_processes() -> None:
     with engine.connect() as connection:
         pragmas = ("journal_mode", "busy_timeout", "synchronous", "foreign_keys")
         found = [connection.execute(text(f"PRAGMA {name}")).scalar() for name in pragmas]
-    assert found == ["wal", 5000, 1, 1]
+    assert found == ["wal", 5000, 2, 1]
     engine.dispose()
 
 
@@ -111,6 +112,60 @@ def test_a_migration_that_is_cut_short_leaves_nothing(tmp_path: Path) -> None:
     )
     assert subprocess.run([sys.executable, "-c", cut, url], check=False).returncode == 9
     open_database(url).dispose()
+
+
+def test_tables_of_the_version_before_are_brought_up_to_date_with_what_is_in_them(url: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config = _alembic()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(
+            text("INSERT INTO writers (id, host, pid, started, last_flush, gap) VALUES ('w', 'h', 1, 1.0, 2.0, :no)"),
+            {"no": False},
+        )
+    engine.dispose()
+    engine = open_database(url)
+    with engine.connect() as connection:
+        rows = connection.execute(
+            text("SELECT id, last_flush, open_requests, open_tokens, open_tokens_most FROM writers")
+        )
+        assert [tuple(row) for row in rows] == [("w", 2.0, 0, 0, 0)]
+    engine.dispose()
+
+
+def asked(engine: Engine, *words: str) -> tuple[str, ...]:
+    """What PostgreSQL says of settings, and its driver of a connection's."""
+    with engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        known = driver.info.get_parameters()
+        return tuple(
+            known[word] if word in known else connection.execute(text(f"SHOW {word}")).scalar() for word in words
+        )
+
+
+def test_no_question_to_postgresql_takes_for_ever(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    words = ("statement_timeout", "connect_timeout", "tcp_user_timeout", "keepalives_idle")
+    for address, wanted in (
+        (url, ("30s", "5", "5000", "3")),
+        (f"{url}?connect_timeout=9&tcp_user_timeout=700", ("30s", "9", "700", "3")),
+        (f"{url}?options=-cstatement_timeout%3D7s", ("7s", "5", "5000", "3")),
+    ):
+        engine = open_database(address)
+        assert asked(engine, *words) == wanted
+        engine.dispose()
+    engine = open_database(f"{url}?options=-cstatement_timeout%3D100ms")
+    with engine.connect() as connection, pytest.raises(OperationalError, match="statement timeout"):
+        connection.execute(text("SELECT pg_sleep(60)"))
+    engine.dispose()
+
+
+def test_a_sum_over_years_may_take_its_time(postgres: Postgres) -> None:
+    engine = open_database(postgres.new_database(), read_only=True)
+    assert asked(engine, "statement_timeout", "tcp_user_timeout") == ("0", "5000")
+    engine.dispose()
 
 
 def test_a_lost_connection_is_replaced(postgres: Postgres) -> None:

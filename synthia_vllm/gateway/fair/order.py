@@ -1,0 +1,129 @@
+"""Whose turn it is among those who wait."""
+
+import math
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Literal
+
+from synthia_vllm.gateway.fair.counters import Counters
+from synthia_vllm.gateway.fair.room import Room
+from synthia_vllm.gateway.fair.tickets import Ticket, User
+
+Policy = Literal["vtc", "fcfs"]
+
+# So long may smaller requests pass one that has no room, before room is kept free for it.
+_PASSING_S = 2.0
+
+
+class Order:
+    """Users with waiting requests, by class, and which request is next.
+
+    vtc: the user with the least service. Interactive users go before batch users; once a batch request has waited
+    `ageing` seconds, batch gets `batch_share` of the service, and one user of it the turn as among the interactive.
+    fcfs: in the order of arrival, whoever asks.
+    """
+
+    def __init__(
+        self,
+        counters: Counters,
+        room: Room,
+        *,
+        policy: Policy,
+        ageing: float,
+        batch_share: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self.policy = policy
+        self.ageing = ageing
+        self.batch_share = batch_share
+        self.contended = False  # batch claims its share of what interactive users wait for
+        self._classes: dict[bool, dict[str, User]] = {False: {}, True: {}}  # batch or not
+        self._batch_lead = 0.0  # cost that batch had beyond its share
+        self._counters = counters
+        self._room = room
+        self._clock = clock
+
+    def __bool__(self) -> bool:
+        return any(self._classes.values())
+
+    def mates(self, *, batch: bool) -> dict[str, User]:
+        """The users of a class who wait."""
+        return self._classes[batch]
+
+    def come(self, user: User) -> None:
+        """A user waits who did not."""
+        mates = self._classes[user.batch]
+        self._counters.lift(user.name, mates, batch=user.batch)
+        mates[user.name] = user
+
+    def left(self, user: User) -> None:
+        """A user has no waiting request any more."""
+        del self._classes[user.batch][user.name]
+        self._counters.left_queue(user.name, batch=user.batch)
+
+    def next(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
+        """The request to send to the engine now; None where nobody waits, or there is no room for who is next."""
+        first = self._first()
+        if first is None or fits(first):
+            return first
+        return None if self.policy == "fcfs" else self._passing(first, fits)
+
+    def until_contended(self) -> float:
+        """Seconds until batch may claim its share, if a request came now and the interactive went on."""
+        first = min((user.waiting[0].joined for user in self._classes[True].values()), default=self._clock())
+        return max(0.0, first + self.ageing - self._clock())
+
+    def charge(self, ticket: Ticket, cost: float) -> None:
+        """Cost of a request that got its turn while the classes contended, or a correction of it."""
+        share = self.batch_share
+        self._batch_lead += (1 - share) * cost if ticket.batch else -share * cost
+
+    def place(self, user: User) -> float:
+        """What is lowest goes first: service had, and service under way as far as it can be predicted.
+
+        Without the second part, all places that come free go to one user until its tokens have streamed, then all to
+        another: fair over minutes only (the paper's section on length prediction).
+        """
+        return self._counters.service[user.name] + user.owed / user.weight
+
+    def _key(self, user: User) -> tuple[float, int, float]:
+        return self.place(user), user.running, user.waiting[0].joined
+
+    def _first(self) -> Ticket | None:
+        interactive, batch = self._classes[False], self._classes[True]
+        if self.policy == "fcfs":
+            heads = [user.waiting[0] for users in (interactive, batch) for user in users.values()]
+            return min(heads, key=attrgetter("joined"), default=None)
+        among = batch if self._batch_is_due(interactive, batch) else interactive
+        return min(among.values(), key=self._key).waiting[0] if among else None
+
+    def _batch_is_due(self, interactive: dict[str, User], batch: dict[str, User]) -> bool:
+        latest = self._clock() - self.ageing
+        before = self.contended
+        self.contended = bool(interactive) and any(user.waiting[0].joined <= latest for user in batch.values())
+        if self.contended and not before:
+            self._batch_lead = max(self._batch_lead, 0.0)  # a share is not saved up
+        return not interactive or (self.contended and self._batch_lead <= 0.0)
+
+    def _passing(self, first: Ticket, fits: Callable[[Ticket], bool]) -> Ticket | None:
+        """One that has room where the first in line has none: it need not stay empty until there is enough.
+
+        Bounded in time, and in service: who passes stays within what counters may differ by anyway.
+        """
+        now = self._clock()
+        if first.stuck is None:
+            first.stuck = now
+        if now - first.stuck > _PASSING_S:
+            return None
+        counters = self._counters
+        most = counters.service[first.user] + counters.cost(0, self._room.capacity.tokens or math.inf)
+        # A batch request that has its turn by its share is passed by interactive ones, which have their own counters.
+        mates = self._classes[False] or self._classes[True]
+        fitting = [user for user in mates.values() if fits(user.waiting[0])]
+        for user in sorted(fitting, key=self._key):
+            head = user.waiting[0]
+            if head.batch != first.batch:
+                return head
+            if self.place(user) + counters.cost(head.prompt, head.expected) / user.weight <= most:
+                return head
+        return None
