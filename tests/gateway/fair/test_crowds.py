@@ -13,6 +13,7 @@ from synthia_vllm.gateway.accounts import Account
 from tests.gateway.fair.crowd import Asked, Crowd, Kind
 
 TOKENS, PROMPT, SECONDS = 6000, 60, 100.0
+BATCH_SHARE, AGEING_S = 0.1, 30.0  # the scheduler's own
 
 # How somebody behaves, apart from who he is.
 BEHAVIOURS = st.one_of(
@@ -84,10 +85,10 @@ def test_what_is_promised_holds_for_all_in_a_crowd(kinds: list[Kind]) -> None:
     steady = crowd.leads[300:]
     assert max(steady) - min(steady) <= 2 * max(1.0 * PROMPT, 2.0 * TOKENS)
     assert not crowd.broken
-    # No class starves.
-    for batch in (False, True):
-        served = sum(crowd.service[k.account.user] for k in kinds if (k.account.priority == "batch") == batch)
-        assert served >= 0.05 * sum(crowd.service.values())
+    # No class starves: batch has its share from when it has aged, and half of that is left where a reply is long.
+    of_batch = sum(crowd.service[kind.account.user] for kind in kinds if kind.account.priority == "batch")
+    due = BATCH_SHARE * (SECONDS - AGEING_S) / SECONDS
+    assert 0.5 * due <= of_batch / sum(crowd.service.values()) <= 0.95
     waiting = [ticket for ticket in crowd._of if ticket.waiting]
     assert scheduler.queued_requests == len(waiting) <= 400
     assert scheduler.queued_tokens == sum(ticket.tokens for ticket in waiting)
