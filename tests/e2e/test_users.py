@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -160,7 +159,7 @@ def gateway(server: RunningServer, tmp_path: Path) -> Iterator[str]:
         text=True,
     )
     assert process.stderr is not None
-    assert re.search("Ready", process.stderr.readline())
+    assert any("Ready" in line for line in process.stderr)  # the log comes first
     yield f"http://127.0.0.1:{port}"
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
