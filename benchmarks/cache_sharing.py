@@ -47,8 +47,8 @@ PROMPT_TOKENS = 2000
 _USERS = {"first": "research:ann", "same": "research:ann", "group": "research:bob", "other": "sales:eve"}
 _USERS["fresh"] = _USERS["other"]
 _ENGINE = ("--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1")
-# Named, since nobody here waits for room, and three gateways don't know of each other.
-_ROOM = ("--fair.max-in-flight-tokens", "16384", "--fair.max-in-flight-requests", "4")
+# Named, since three gateways before one engine don't know of each other; each has a third.
+_ROOM = ("--fair.gateways", "3", "--fair.max-in-flight-tokens", "49152", "--fair.max-in-flight-requests", "12")
 _QUIET = ("--cluster.canary-period-s", "300", "--cluster.canary-deadline-s", "300")  # canaries would be in the way
 _WORDS = ("orca", "whale", "sea", "north", "cold", "water", "hunt", "pod", "calf", "song", "ice", "deep")
 _RESAMPLES, _TAIL = 2000, 0.005

@@ -10,7 +10,6 @@ import asyncio
 import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.request import POLLED, Exchange, Observer
@@ -149,8 +148,6 @@ def check_tracing(settings: TracingSettings) -> None:
     """Raises SetupError where traces can't be sent as set; asks no collector."""
     if settings.otlp_endpoint is None:
         return
-    if urlsplit(settings.otlp_endpoint).scheme not in ("http", "https"):
-        raise SetupError(f"--tracing.otlp-endpoint {settings.otlp_endpoint}: a URL like http://127.0.0.1:4317")
     for package in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto"):
         try:
             importlib.import_module(package)

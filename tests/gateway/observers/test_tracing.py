@@ -17,8 +17,8 @@ from benchmarks.null_port import NullEnginePort
 from synthia_vllm.engine.port import Delta, Generation
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.observers.tracing import Tracing, open_tracing
-from synthia_vllm.settings import Settings, TracingSettings
+from synthia_vllm.gateway.observers.tracing import Tracing
+from synthia_vllm.settings import Settings, TracingSettings, load_settings
 from tests.gateway.asgi import post
 from tests.gateway.layers import make_exchange, make_request
 from tests.otlp_collector import Collector, Spans, collecting
@@ -167,4 +167,4 @@ async def test_a_collector_that_is_gone_costs_no_request() -> None:
 
 def test_an_endpoint_that_is_no_url_is_refused() -> None:
     with pytest.raises(SetupError, match=r"--tracing\.otlp-endpoint"):
-        open_tracing(TracingSettings(otlp_endpoint="localhost:4317"))
+        load_settings(["--tracing.otlp-endpoint", "localhost:4317"])
