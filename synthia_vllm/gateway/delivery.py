@@ -88,8 +88,9 @@ class Delivery:
             await self._end()
         finally:
             gone.cancel()
-            reader.cancel()
-            await asyncio.gather(reader, gone, return_exceptions=True)
+            if not reader.done():  # else what follows, the count of it, comes before anything that the client asks next
+                reader.cancel()
+                await asyncio.gather(reader, gone, return_exceptions=True)
 
     async def _read(self) -> None:
         """Takes the engine's deltas as fast as they come, and makes bytes of them."""

@@ -39,7 +39,7 @@ def test_a_chat_streams_and_tells_its_figures(site: Site, visit: Visit) -> None:
     assert re.fullmatch(r"[\d.]+ (ms|s)", figure(page, "ttft"))
     assert re.fullmatch(r"[\d.]+ tokens/s", figure(page, "speed"))
     assert figure(page, "tokens") == "60 tokens"
-    assert re.fullmatch(r"\d+ tokens", figure(page, "context"))
+    assert re.fullmatch(r"\d+ of 131,072 \([\d.]+ %\)", figure(page, "context"))
     assert re.fullmatch(r"[0-9a-f]{16}", figure(page, "id"))
     send(page, "And a whale?", 3)
     expect(page.locator("#figure-tokens")).to_have_text("3 tokens")
