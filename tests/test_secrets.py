@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -145,22 +145,17 @@ def test_a_command_that_fails_does_not_tell(words: list[str], tmp_path: Path) ->
     assert MARK not in done.stdout + done.stderr
 
 
-@pytest.fixture
-def json_log(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """The server's own log, on the standard error of this test alone."""
-    kept = structlog.get_config()
-    configure_logging(LogSettings(format="json"))
-    yield
-    structlog.configure(**kept)
-
-
-@pytest.mark.usefixtures("json_log")
 async def test_the_log_of_a_redis_that_is_gone_has_no_password(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    limiter = SharedLimiter(f"redis://me:{MARK}@127.0.0.1:1/0")
-    await limiter.reserve("a", UserLimits(requests_per_minute=1), "1", 1)
-    await limiter.close()
+    before = structlog.get_config()
+    configure_logging(LogSettings(format="json"))
+    try:
+        limiter = SharedLimiter(f"redis://me:{MARK}@127.0.0.1:1/0")
+        await limiter.reserve("a", UserLimits(requests_per_minute=1), "1", 1)
+        await limiter.close()
+    finally:
+        structlog.configure(**before)
     text = capfd.readouterr().err
     assert "shared_limits_lost" in text
     assert MARK not in text
