@@ -3,7 +3,7 @@
     python -m benchmarks.soak
     python -m benchmarks.soak --minutes 4 --every 20 --kind "leaves a stream" --kind "chat, whole"
 
-`synthia-vllm serve` with the demo model, and before it `synthia-vllm gateway --resume` with its keys and its bill in
+`synthia-vllm serve` with the demo model, and before it `synthia-vllm gateway` with its keys and its bill in
 PostgreSQL and its limits in Redis. Each store is stopped, started, and stands still, in turn. What is promised:
 
 memory    that the engine, its server and the gateway have allocated grows by less than 1 MB an hour, after a warm-up of

@@ -129,7 +129,7 @@ def house(folder: Path, postgres: Store, redis: Store, engine: Server, pid: int,
     """The gateway before an engine, with keys for all users."""
     secret = secrets.token_hex()
     admin, keys = _admin(postgres.url, secret), _keys(postgres.url, secret)
-    command = [*_PYTHON, "gateway", "--upstream", engine.url, "--resume", "--tokenizer", str(demo_model())]
+    command = [*_PYTHON, "gateway", "--upstream", engine.url, "--tokenizer", str(demo_model())]
     command += ["--access.mode", "keys"]
     environment = {
         "SYNTHIA_ACCESS__SECRET": secret,

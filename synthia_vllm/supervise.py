@@ -38,6 +38,13 @@ def spawn(name: str, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
     return task
 
 
+async def stop(task: "asyncio.Task[None]", *, again_s: float = 1.0) -> None:
+    """Cancels a task until it has ended: Redis' client loses a cancellation where its answer is late just then."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=again_s)
+
+
 def _tell(task: "asyncio.Task[None]") -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         RESTARTS.labels(task.get_name()).inc()

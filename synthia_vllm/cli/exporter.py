@@ -43,9 +43,11 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.metrics.exporter import MetricsRoutes
     from synthia_vllm.metrics.sidecar import Sidecar
     from synthia_vllm.replicas.http import own_headers
+    from synthia_vllm.secret_urls import reveal
 
-    key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
-    sidecar = Sidecar(settings.upstream, headers=own_headers(key), wait=settings.metrics.replica_wait_s)
+    sidecar = Sidecar(
+        settings.upstream, headers=own_headers(reveal(settings.upstream_key)), wait=settings.metrics.replica_wait_s
+    )
     needed = keys_required(settings)
     async with sidecar, _keys(settings, needed) as lookup:
         access = Access(None, lookup=lookup, keys_required=needed, metrics=MetricsRoutes(sidecar))

@@ -1,6 +1,5 @@
 """`synthia-vllm gateway`."""
 
-import asyncio
 import contextlib
 import socket
 import sys
@@ -11,7 +10,7 @@ import click
 
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, load_settings
-from synthia_vllm.supervise import supervise
+from synthia_vllm.supervise import stop, supervise
 
 if TYPE_CHECKING:
     from synthia_vllm.engine.port import Capacity
@@ -107,15 +106,14 @@ async def _sharing(stack: "Gateway") -> AsyncIterator[None]:
     try:
         yield
     finally:
-        while not counting.done():
-            counting.cancel()  # which may be lost in Redis' client, as in the limits
-            await asyncio.wait([counting], timeout=1.0)
+        await stop(counting)
         await peers.close()
 
 
 def _pool(settings: Settings) -> "ReplicaPool":
     from synthia_vllm.engine.tokenizer import Tokenizer
     from synthia_vllm.replicas.pool import ReplicaPool
+    from synthia_vllm.secret_urls import reveal
 
     cluster = settings.cluster
     if "start_wait_s" not in cluster.model_fields_set:
@@ -124,7 +122,7 @@ def _pool(settings: Settings) -> "ReplicaPool":
         cluster,
         tokenizer=Tokenizer.load(settings.tokenizer) if settings.tokenizer else None,
         context=settings.engine.max_model_len,
-        key=settings.upstream_key.get_secret_value() if settings.upstream_key else None,
+        key=reveal(settings.upstream_key),
         connect_timeout=settings.timeouts.upstream_connect,
         silence_s=settings.timeouts.upstream_read,
         resume=settings.resume,

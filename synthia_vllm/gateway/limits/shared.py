@@ -18,7 +18,7 @@ from synthia_vllm.gateway.limits.base import OnLoss, Refusal, Standing, month_of
 from synthia_vllm.gateway.limits.billed import Billed, Spent
 from synthia_vllm.gateway.limits.memory import MemoryLimiter
 from synthia_vllm.metrics.limits import FALLBACKS, SHARED_UP
-from synthia_vllm.supervise import supervise
+from synthia_vllm.supervise import stop, supervise
 
 LEASE_S = 30.0
 _TIMEOUT_S = 1.0
@@ -119,9 +119,8 @@ class SharedLimiter:
         return await self._local.standing(user) if answer is None else Standing(*map(int, answer))
 
     async def close(self) -> None:
-        while self._heartbeat is not None and not self._heartbeat.done():
-            self._heartbeat.cancel()  # which is lost now and then where an answer of Redis is late just then
-            await asyncio.wait([self._heartbeat], timeout=_TIMEOUT_S)
+        if self._heartbeat is not None:
+            await stop(self._heartbeat, again_s=_TIMEOUT_S)
         self._probed = 0.0
         await self._settle_late()
         await self._redis.aclose()
