@@ -1,8 +1,10 @@
 """What fair sharing gives a light user beside a heavy one, on the real engine, against first come, first served.
 
-    python -m benchmarks.fairness [--rounds 3] [--output benchmarks/results/fairness.json]
+    python -m benchmarks.fairness [--rounds 3] [--step-tokens 48] [--output benchmarks/results/fairness.json]
 
-Two servers run side by side and are loaded in turn, one with `--fair.policy vtc`, one with `fcfs`; else they are alike.
+Servers run side by side and are loaded in turn, one with `--fair.policy vtc`, one with `fcfs`, and one with vtc for
+each `--step-tokens`, vLLM's `--max-num-batched-tokens`: a step that computes fewer prompts is over sooner, and a
+newcomer's comes next. Else they are alike.
 
 alone     the light user sends one request at a time
 beside    the same while the heavy user always has 100 requests with the server
@@ -31,7 +33,6 @@ from rich.table import Table
 from benchmarks.serving import machine, running
 from synthia_vllm import __version__
 
-POLICIES = ("vtc", "fcfs")
 HEAVY_REQUESTS = 100
 HEAVY_INPUT, HEAVY_OUTPUT = 32, 64  # tokens
 LIGHT_OUTPUT = 16
@@ -51,16 +52,19 @@ class Tally:
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Interleaved repeats.")
 @click.option("--max-num-seqs", default=32, show_default=True, help="Requests that the engine runs at once.")
+@click.option("--step-tokens", multiple=True, type=click.IntRange(1), help="Of one step; again for more servers.")
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path(__file__).with_name("results") / "fairness.json",
     show_default="benchmarks/results/fairness.json",
 )
-def main(rounds: int, max_num_seqs: int, output: Path) -> None:
+def main(rounds: int, max_num_seqs: int, step_tokens: tuple[int, ...], output: Path) -> None:
     """Measure a light user beside a heavy one, and service by weight."""
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    options: dict[str, tuple[str, ...]] = {"vtc": (), "fcfs": ()}
+    options |= {f"vtc, {most} tokens a step": ("--max-num-batched-tokens", str(most)) for most in step_tokens}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         environment = {"SYNTHIA_DATA": str(folder)}
@@ -71,21 +75,21 @@ def main(rounds: int, max_num_seqs: int, output: Path) -> None:
             "one": make_key("one", environment),
         }
         urls = {}
-        for policy in POLICIES:
-            console.print(f"starting {policy}", highlight=False)
+        for name, more in options.items():
+            console.print(f"starting {name}", highlight=False)
             command = [sys.executable, "-m", "synthia_vllm", "serve", "--log-file", "-", "--access.mode", "keys"]
-            command += ["--engine.max-model-len", "2048", "--engine.kv-cache-gib", "1", "--fair.policy", policy]
-            command += ["--fair.max-wait-s", "600"]
-            tail = ["--", "--max-num-seqs", str(max_num_seqs)]
-            urls[policy] = stack.enter_context(running(policy, command, environment, folder, tail))
-        results: dict[str, dict[str, list[Any]]] = {policy: {} for policy in POLICIES}
+            command += ["--engine.max-model-len", "2048", "--engine.kv-cache-gib", "1"]
+            command += ["--fair.max-wait-s", "600", "--fair.policy", name.partition(",")[0]]
+            tail = ["--", "--max-num-seqs", str(max_num_seqs), *more]
+            urls[name] = stack.enter_context(running(name, command, environment, folder, tail))
+        results: dict[str, dict[str, list[Any]]] = {name: {} for name in options}
         for number in range(-1, rounds):
-            for policy in POLICIES if number % 2 else reversed(POLICIES):
-                beside = 2 if number < 0 else LIGHT_REQUESTS if policy == "vtc" else FCFS_REQUESTS
-                figures = asyncio.run(measure(urls[policy], keys, beside, warm_up=number < 0))
+            for name in options if number % 2 else reversed(options):
+                beside = 2 if number < 0 else FCFS_REQUESTS if name == "fcfs" else LIGHT_REQUESTS
+                figures = asyncio.run(measure(urls[name], keys, beside, warm_up=number < 0))
                 if number >= 0:
-                    for name, value in figures.items():
-                        results[policy].setdefault(name, []).append(value)
+                    for figure, value in figures.items():
+                        results[name].setdefault(figure, []).append(value)
             console.print(f"round {number + 1} of {rounds} done", highlight=False)
     report = {"machine": machine(), "version": __version__, "rounds": rounds, "max_num_seqs": max_num_seqs}
     report |= {"results": results, "summary": summary(results)}
@@ -192,16 +196,19 @@ def summary(results: dict[str, dict[str, list[Any]]]) -> dict[str, float]:
     """Medians over rounds."""
     found = {}
     for shape in ("short", "long"):
-        for policy in POLICIES:
-            figures = results[policy]
+        for policy, figures in results.items():
             ratios = [
                 p95(beside) / p95(alone)
                 for alone, beside in zip(figures[f"{shape} alone"], figures[f"{shape} beside"], strict=True)
             ]
             found[f"light user, {shape} prompts: p95 TTFT beside / alone, {policy}"] = statistics.median(ratios)
-        pairs = zip(results["vtc"][f"{shape} tokens/s"], results["fcfs"][f"{shape} tokens/s"], strict=True)
-        found[f"{shape} prompts: total tokens/s, vtc / fcfs"] = statistics.median(a / b for a, b in pairs)
-    for policy in POLICIES:
+        rates = {policy: figures[f"{shape} tokens/s"] for policy, figures in results.items()}
+        for policy in results:
+            beside = "fcfs" if policy == "vtc" else "vtc"
+            if policy != "fcfs":
+                ratios = [a / b for a, b in zip(rates[policy], rates[beside], strict=True)]
+                found[f"{shape} prompts: total tokens/s, {policy} / {beside}"] = statistics.median(ratios)
+    for policy in results:
         found[f"service of weight 3 / weight 1, {policy}"] = statistics.median(results[policy]["weights 3:1"])
     return {name: round(value, 3) for name, value in found.items()}
 

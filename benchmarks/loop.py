@@ -125,8 +125,8 @@ async def held_by(case: Case, body: bytes, gateway: Gateway, port: int, where: b
             with contextlib.suppress(ProcessLookupError):
                 client.kill()
         await client.wait()
-    if not status:
-        raise click.ClickException(f"{case.name}: no answer")
+    if not status or status.startswith("500"):
+        raise click.ClickException(f"{case.name}: {status or 'no answer'}; how long that took tells nothing")
     return late, status
 
 

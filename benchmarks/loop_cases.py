@@ -250,9 +250,12 @@ def of_vllm() -> Engine:
     class Answering:
         model_config = SimpleNamespace(model=NAME, max_model_len=CONTEXT)
 
-        async def generate(
-            self, prompt: dict[str, Any], params: Any, *_: Any, **__: Any
-        ) -> AsyncGenerator[SimpleNamespace, None]:
+        async def add_request(self, request_id: str, prompt: dict[str, Any], params: Any, **_: Any) -> SimpleNamespace:
+            """Gives what stands in for vLLM's collector."""
+            outputs = self._outputs(prompt, params)
+            return SimpleNamespace(request_id=request_id, get_nowait=lambda: None, get=outputs.__anext__)
+
+        async def _outputs(self, prompt: dict[str, Any], params: Any) -> AsyncGenerator[SimpleNamespace, None]:
             """As vLLM's output handler: a token a turn, of all sequences in the same one."""
             own, prompts, interval = params.logprobs, params.prompt_logprobs, params.stream_interval or 1
             made = LogprobsProcessor(
@@ -283,7 +286,10 @@ def of_vllm() -> Engine:
                         logprobs=None if made.logprobs is None else made.logprobs[-new:],
                     )
                     yield SimpleNamespace(
-                        outputs=[said], num_cached_tokens=0, prompt_logprobs=made.pop_prompt_logprobs()
+                        outputs=[said],
+                        num_cached_tokens=0,
+                        prompt_logprobs=made.pop_prompt_logprobs(),
+                        finished=number == last,
                     )
 
     return LocalEngine(Answering(), tokenizer(), [NAME])

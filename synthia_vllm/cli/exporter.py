@@ -37,7 +37,7 @@ def export(settings: Settings) -> int:
 
 async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.access import Access
-    from synthia_vllm.gateway.app import keys_required
+    from synthia_vllm.gateway.app import keys_required, named
     from synthia_vllm.gateway.edge.listener import DrainingServer
     from synthia_vllm.gateway.edge.routes import Routes
     from synthia_vllm.metrics.exporter import MetricsRoutes
@@ -51,7 +51,8 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
     needed = keys_required(settings)
     async with sidecar, _keys(settings, needed) as lookup:
         access = Access(None, lookup=lookup, keys_required=needed, metrics=MetricsRoutes(sidecar))
-        app = Routes(access, methods=dict.fromkeys(("/health", "/metrics", "/sd"), ("GET",)))
+        routes = Routes(access, methods=dict.fromkeys(("/health", "/metrics", "/sd"), ("GET",)))
+        app = named(routes, settings)
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:

@@ -12,7 +12,7 @@ from synthia_vllm.errors import Forbidden, NotFound, Overloaded, RequestError, S
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.delivery import ClientLeft
-from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, read_body
+from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, Bodies, read_body
 from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, header, request_ids, send_error, send_json
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
@@ -62,6 +62,7 @@ class Access:
         self.max_body_bytes = max_body_bytes
         self.body_timeout = body_timeout
         self.open: dict[str, Exchange] = {}
+        self.bodies = Bodies(max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name: value for name, value in reversed(scope["headers"]) if name in _WANTED_HEADERS}
@@ -120,13 +121,19 @@ class Access:
             return True
         if self.apis is None:
             raise NotFound(route)
-        if exchange.method == "POST":
-            await self.apis.look(exchange, _length(scope))
-            exchange.body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
-            if exchange.body is None:
-                raise ClientLeft
         unbounded = UNBOUNDED_SEND in scope.get("extensions", ())
-        return await self.apis.answer(exchange, headers, receive, reply, unbounded=unbounded)
+        held = self.bodies.body(account.user if account is not None else None)
+        try:
+            if exchange.method == "POST":
+                await self.apis.look(exchange, _length(scope))
+                exchange.body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout, hold=held.add)
+                if exchange.body is None:
+                    raise ClientLeft
+            return await self.apis.answer(
+                exchange, headers, receive, reply, unbounded=unbounded, on_read=held.give_back
+            )
+        finally:
+            held.give_back()
 
     async def _administer(self, admin: ASGIApp, scope: Scope, receive: Receive, reply: "RecordedReply") -> bool:
         body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)

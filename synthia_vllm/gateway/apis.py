@@ -59,6 +59,7 @@ class Apis:
         arrivals: Arrivals | None = None,
         on_attempt: Attempt = lambda exchange, replica, sequence: exchange.trace,
         salt: Salt = lambda account, given: None,
+        keep_bodies: bool = False,
     ) -> None:
         self.engine = engine
         self.layer = layer
@@ -67,6 +68,7 @@ class Apis:
         self._arrivals = arrivals
         self._on_attempt = on_attempt
         self._salt = salt
+        self._keep_bodies = keep_bodies
         self._generating = {api.path: api for api in GENERATING}
         self._answering = {api.path: api for api in ANSWERING}
         self._told = False  # an engine has told what it serves
@@ -74,7 +76,11 @@ class Apis:
 
     async def look(self, exchange: Exchange, length: int | None) -> None:
         """Before a body of so many bytes is read, unknown for None. Raises LimitExceeded for one not worth its work."""
-        if self._arrivals is not None and exchange.route in self._generating and (length is None or length >= _WORK):
+        if self._arrivals is None:
+            return
+        if exchange.route in self._answering:
+            await self._arrivals.count(exchange.account, exchange.id)
+        elif length is None or length >= _WORK:
             await self._arrivals.look(exchange.account)
 
     async def answer(
@@ -85,8 +91,12 @@ class Apis:
         send: Send,
         *,
         unbounded: bool = False,
+        on_read: Callable[[], None] = lambda: None,
     ) -> bool:
-        """True where the whole reply went out; False where it broke off in a stream. `unbounded`: as in Delivery."""
+        """True where the whole reply went out; False where it broke off in a stream. `unbounded`: as in Delivery.
+
+        `on_read` is told when the body that was sent is needed no longer.
+        """
         route = exchange.route
         if exchange.method != "POST":
             await self._tell_models(exchange, send, anthropic=form_of(route, headers) is anthropic_form)
@@ -98,7 +108,18 @@ class Apis:
             return True
         generating = self._generating[route]
         try:
-            return await self._generate(generating, exchange, headers, receive, send, unbounded=unbounded)
+            request, constraint = await self._prepare(generating, exchange, headers)
+            if not self._keep_bodies:  # a long one, beside a long reply, is memory for nothing
+                exchange.body = None
+                on_read()
+            delivery = Delivery(exchange, request, self.layer, self._observers, unbounded=unbounded)
+            try:
+                await delivery.run(receive, send)
+            except RequestError as error:
+                if type(error) is not RequestError:
+                    raise
+                raise refusal_of_engine(error, constraint) from None
+            return not delivery.failed
         finally:
             if self._arrivals is not None:
                 self._arrivals.decided(exchange.id)
@@ -111,18 +132,12 @@ class Apis:
             self._check_model(exchange, request.model, model)
             return api.answer(request, model)
 
-        return await _run(work, exchange.body or b"")
+        return await _run(work, len(exchange.body or b""))
 
-    async def _generate(
-        self,
-        api: GeneratingApi,
-        exchange: Exchange,
-        headers: Mapping[bytes, bytes],
-        receive: Receive,
-        send: Send,
-        *,
-        unbounded: bool,
-    ) -> bool:
+    async def _prepare(
+        self, api: GeneratingApi, exchange: Exchange, headers: Mapping[bytes, bytes]
+    ) -> tuple[Request, str | None]:
+        """What is to be generated, and which of the client's fields constrains it."""
         queue_timeout = _seconds(headers.get(b"x-queue-timeout-s"))
         any_name = False
         try:
@@ -159,21 +174,13 @@ class Apis:
                 ]
             return prepared, constraint_param(request)
 
-        body = exchange.body or b""
-        if self._arrivals is not None and len(body) > _LONG_BODY:
+        length = len(exchange.body or b"")
+        if self._arrivals is not None and length > _LONG_BODY:
             await self._arrivals.take_turn(exchange.account, exchange.id)
-        prepared, constraint = await _run(work, body)
+        prepared, constraint = await _run(work, length)
         exchange.usage.prompt = prepared.prompt_tokens
-        request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout)
-        exchange.request = request
-        delivery = Delivery(exchange, request, self.layer, self._observers, unbounded=unbounded)
-        try:
-            await delivery.run(receive, send)
-        except RequestError as error:
-            if type(error) is not RequestError:
-                raise
-            raise refusal_of_engine(error, constraint) from None
-        return not delivery.failed
+        exchange.request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout)
+        return exchange.request, constraint
 
     async def _tell_models(self, exchange: Exchange, send: Send, *, anthropic: bool) -> None:
         """`GET /v1/models` and `/v1/models/{id}`: those that the key is for, in the form of the API that asks."""
@@ -231,8 +238,9 @@ class Apis:
         }
 
 
-async def _run(work: Callable[[], T], body: bytes) -> T:
-    return await asyncio.to_thread(work) if len(body) > _LONG_BODY else work()
+async def _run(work: Callable[[], T], length: int) -> T:
+    """`work` on a body of so many bytes."""
+    return await asyncio.to_thread(work) if length > _LONG_BODY else work()
 
 
 def _seconds(value: bytes | None) -> float | None:

@@ -76,6 +76,14 @@ def keys_required(settings: Settings) -> bool:
     return settings.access.mode == "keys"
 
 
+def named(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """Answers only under the names that this server goes by, where names are set or no key is needed."""
+    foreign = settings.host in LOOPBACK and not keys_required(settings)  # pages could ask, of any website
+    if not foreign and not settings.access.hosts:
+        return app
+    return Hosts(app, settings.access.hosts, origins=settings.cors_origins if foreign else None)
+
+
 def check_stores(settings: Settings) -> str:
     """Tries what the gateway will need, before a model is loaded; returns where the database is.
 
@@ -148,6 +156,7 @@ class Gateway:
             observers=(metrics,),  # the others have no use for each chunk
             arrivals=layers.arrivals,
             salt=CacheSharing(settings.prompt.cache_sharing, secret).salt,
+            keep_bodies=settings.log.texts,
             **({"on_attempt": self._tracing.attempt} if self._tracing is not None else {}),
         )
         self.access = Access(
@@ -165,15 +174,13 @@ class Gateway:
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
         )
-        self.app: ASGIApp = Routes(
+        app = Routes(
             self.access,
             methods=METHODS,
             page=StatusPage(keys_required(settings)) if settings.page else None,
             cors_origins=settings.cors_origins,
         )
-        foreign = settings.host in LOOPBACK and not keys_required(settings)  # pages could ask, of any website
-        if foreign or settings.access.hosts:
-            self.app = Hosts(self.app, settings.access.hosts, origins=settings.cors_origins if foreign else None)
+        self.app: ASGIApp = named(app, settings)
 
     async def __aenter__(self) -> "Gateway":
         self._tasks = [supervise("key_watch", self.key_cache.watch), supervise("ledger", self.ledger.run)]

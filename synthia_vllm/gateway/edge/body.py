@@ -2,21 +2,88 @@
 
 import asyncio
 import zlib
+from collections import Counter
+from collections.abc import Callable
 
 from starlette.types import Receive, Scope
 
-from synthia_vllm.errors import BodyTimeout, BodyTooLarge, MalformedBody, UnsupportedMedia
+from synthia_vllm.errors import BodyTimeout, BodyTooLarge, MalformedBody, Overloaded, UnsupportedMedia
 from synthia_vllm.gateway.edge.replies import header
 
 DEFAULT_MAX_BODY_BYTES = 4 * 2**20
 ACCEPTED = b"gzip, deflate"
 MIN_BYTES_PER_S = 500  # of a body, or its `idle` seconds run out: else a byte now and then keeps it for ever
 _MAX_MEMBERS = 16  # of a gzip body: each costs a decoder and a copy of what follows it
+_MOST_LARGEST = 64  # bodies of the largest size that may be in memory together
+_USERS_SHARE = 4  # of which one user may have a quarter
+_RETRY_S = 1.0
 _GZIP, _ZLIB, _RAW = zlib.MAX_WBITS + 16, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, idle: float | None = None) -> bytes | None:
-    """The whole body, decoded; None where the client has left.
+class Bodies:
+    """Counts the bytes of all bodies that are read or waiting to be worked on: together they have a bound.
+
+    `largest` is the bound of one. A user may have a quarter of the whole, so that nobody takes it all.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self.most = _MOST_LARGEST * largest
+        self.held = 0
+        self._of_user = Counter[str]()
+
+    def body(self, user: str | None) -> "HeldBody":
+        """For a body about to be read; no share for None, who may be many."""
+        return HeldBody(self, user)
+
+    def add(self, user: str | None, count: int) -> None:
+        over = user is not None and self._of_user[user] + count > self.most // _USERS_SHARE
+        if over or self.held + count > self.most:
+            whose = "of yours" if over else "of all users"
+            raise Overloaded(f"too many long bodies {whose} are under way at once", _RETRY_S)
+        self.held += count
+        if user is not None:
+            self._of_user[user] += count
+
+    def give_back(self, user: str | None, count: int) -> None:
+        self.held -= count
+        if user is not None:
+            self._of_user[user] -= count
+            if not self._of_user[user]:
+                del self._of_user[user]
+
+
+class HeldBody:
+    """What one body has of that bound."""
+
+    def __init__(self, bodies: Bodies, user: str | None) -> None:
+        self._bodies = bodies
+        self._user = user
+        self._bytes = 0
+
+    def add(self, count: int) -> None:
+        """Raises Overloaded where there is no more room."""
+        self._bodies.add(self._user, count)
+        self._bytes += count
+
+    def give_back(self) -> None:
+        """It is in memory no longer. May be told twice."""
+        self._bodies.give_back(self._user, self._bytes)
+        self._bytes = 0
+
+
+def _nothing(count: int) -> None:
+    pass
+
+
+async def read_body(
+    scope: Scope,
+    receive: Receive,
+    limit: int,
+    idle: float | None = None,
+    *,
+    hold: Callable[[int], None] = _nothing,
+) -> bytes | None:
+    """The whole body, decoded; None where the client has left. `hold` is told of its bytes as they come.
 
     Raises BodyTooLarge over `limit` bytes, sent or decoded, unread if announced; BodyTimeout after `idle` seconds
     without a byte, or where it trickles; UnsupportedMedia, unread, for a coding that is not read here; MalformedBody
@@ -26,11 +93,13 @@ async def read_body(scope: Scope, receive: Receive, limit: int, idle: float | No
     announced = header(scope, b"content-length")
     if announced.isdigit() and int(announced) > limit:
         raise BodyTooLarge(limit)
-    body = await _read(receive, limit, idle)
+    body = await _read(receive, limit, idle, hold)
     if not body or not coding:
         return body
     # In a thread whatever the size: a thousand bytes may become a million.
-    return await asyncio.to_thread(inflate, body, coding, limit)
+    found = await asyncio.to_thread(inflate, body, coding, limit)
+    hold(max(0, len(found) - len(body)))
+    return found
 
 
 def inflate(data: bytes, coding: str, limit: int) -> bytes:
@@ -52,7 +121,7 @@ def inflate(data: bytes, coding: str, limit: int) -> bytes:
     raise MalformedBody(f"its {coding} coding goes on after its end")
 
 
-async def _read(receive: Receive, limit: int, idle: float | None) -> bytes | None:
+async def _read(receive: Receive, limit: int, idle: float | None, hold: Callable[[int], None]) -> bytes | None:
     body = bytearray()
     now, left = asyncio.get_running_loop().time, idle
     while True:
@@ -71,6 +140,7 @@ async def _read(receive: Receive, limit: int, idle: float | None) -> bytes | Non
             left = min(idle, left - (now() - asked) + len(part) / MIN_BYTES_PER_S)
         if len(body) > limit:
             raise BodyTooLarge(limit)
+        hold(len(part))
         if not message.get("more_body", False):
             return bytes(body)
 

@@ -15,6 +15,8 @@ from synthia_vllm.gateway.accounts import UNLIMITED, Account, UserLimits
 from synthia_vllm.gateway.limits.base import Limiter, Refusal
 from synthia_vllm.gateway.request import Layer, Request
 
+_ANSWERED = " (answered here)"  # no user's name ends like this: they have no blanks
+
 
 class Limits:
     """Reserves the most that a request may use, and settles what it did use when the engine is done with it.
@@ -88,6 +90,19 @@ class Arrivals:
         limits = merge(account.limits, self.defaults)
         if limits != UNLIMITED and (refusal := await self.limiter.look(account.user, limits)) is not None:
             raise _error(refusal)
+
+    async def count(self, account: Account, request_id: str) -> None:
+        """Raises LimitExceeded for more questions a minute, of those that no engine is asked, than a user may have
+        requests. They are counted apart: asking how long a prompt is takes nothing from what it may generate.
+        """
+        limit = merge(account.limits, self.defaults).requests_per_minute
+        if limit is None:
+            return
+        name = f"{account.user}{_ANSWERED}"
+        own = UserLimits(requests_per_minute=limit)
+        if (refusal := await self.limiter.reserve(name, own, request_id, 0)) is not None:
+            raise _error(refusal)
+        await self.limiter.settle(name, request_id, 0)
 
     async def take_turn(self, account: Account, request_id: str) -> None:
         """Waits until it is its user's turn, and looks again. `decided` must follow, whatever becomes of it."""

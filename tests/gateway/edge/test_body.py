@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope
 
-from synthia_vllm.errors import BodyTimeout, BodyTooLarge, MalformedBody, UnsupportedMedia
-from synthia_vllm.gateway.edge.body import inflate, read_body
+from synthia_vllm.errors import BodyTimeout, BodyTooLarge, MalformedBody, Overloaded, UnsupportedMedia
+from synthia_vllm.gateway.edge.body import Bodies, HeldBody, inflate, read_body
 
 
 def scope(*headers: tuple[bytes, bytes]) -> Scope:
@@ -148,3 +148,41 @@ def test_a_damaged_body_is_the_clients_fault(body: bytes, coding: str, at: int, 
     packed[at % len(packed)] ^= bits
     with suppress(MalformedBody, BodyTooLarge):
         inflate(bytes(packed), coding, 300)
+
+
+# All bodies together
+
+
+async def test_all_bodies_together_have_a_bound_and_a_user_a_quarter_of_it() -> None:
+    bodies = Bodies(100)
+    whole = b"x" * 100
+
+    async def held(user: str | None) -> HeldBody:
+        one = bodies.body(user)
+        try:
+            assert await read_body(scope(), arriving(whole), 100, hold=one.add) == whole
+        except Overloaded:
+            one.give_back()
+            raise
+        return one
+
+    his = [await held("mallory") for _ in range(16)]
+    with pytest.raises(Overloaded, match="of yours"):
+        await held("mallory")
+    others = [await held(f"user-{number}") for number in range(48)]
+    assert bodies.held == bodies.most
+    for user in ("late", None):
+        with pytest.raises(Overloaded, match="of all users"):
+            await held(user)
+    his.pop().give_back()
+    late = await held("late")
+    for one in (*his, *others, late, late):
+        one.give_back()
+    assert (bodies.held, dict(bodies._of_user)) == (0, {})
+
+
+async def test_a_coded_body_counts_as_what_it_becomes() -> None:
+    one = (bodies := Bodies(10_000)).body("mallory")
+    coding = scope((b"content-encoding", b"gzip"))
+    await read_body(coding, arriving(gzip.compress(b"x" * 9_000)), 10_000, hold=one.add)
+    assert bodies.held == 9_000

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +44,14 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Bodies(Observer):
-    """Notes whose bodies were read."""
+    """Counts those whose body was read, and is needed no longer, and those that still have it."""
 
     def __init__(self) -> None:
-        self.read = 0
+        self.prepared = self.kept = 0
 
     def ended(self, exchange: Exchange) -> None:
-        self.read += exchange.body is not None
+        self.prepared += exchange.request is not None
+        self.kept += exchange.body is not None
 
 
 @contextmanager
@@ -80,7 +83,7 @@ def test_a_megabyte_that_a_limit_refuses_is_neither_read_nor_tokenized(tmp_path:
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-api-key: " + key.encode() + b"\r\n"
         assert exchange(port, head + chunked, wait=5).startswith(b"HTTP/1.1 429")
     assert tokenized == []
-    assert bodies.read == 1
+    assert (bodies.prepared, bodies.kept) == (1, 0)
 
 
 def test_a_body_that_waits_to_be_asked_for_is_not_asked_for(tmp_path: Path) -> None:
@@ -134,6 +137,63 @@ async def test_one_that_leaves_in_its_turn_lets_the_next_pass(tmp_path: Path) ->
         await first
         found.engine.tokens_per_second = None
         assert (await found.post("mallory", COMPLETIONS, LONG)).status == 200
+
+
+COUNTED = {
+    "/tokenize": {"prompt": "word"},
+    "/detokenize": {"tokens": [1, 2]},
+    "/v1/messages/count_tokens": {"model": "synthia", "messages": [{"role": "user", "content": "word"}]},
+}
+
+
+@pytest.mark.parametrize("store", ["memory", "redis"])
+@pytest.mark.parametrize("path", COUNTED)
+async def test_what_the_gateway_answers_itself_has_the_rate_of_requests_and_takes_none_of_them(
+    tmp_path: Path, path: str, store: str, request: pytest.FixtureRequest, tokenized: list[int]
+) -> None:
+    shared = {"limits": {"redis": request.getfixturevalue("redis_url")}} if store == "redis" else {}
+    async with house(tmp_path, NullEnginePort(context=None), **shared) as found:
+        found.let_in("mallory", requests_per_minute=2, tokens_per_minute=50)
+        body = json.dumps(COUNTED[path]).encode()
+        assert [(await found.post("mallory", path, body)).status for _ in range(4)] == [200, 200, 429, 429]
+        tokenized.clear()
+        assert (await found.post("mallory", path, LONG)).status == 429
+        assert tokenized == []
+        assert (await found.standing("mallory")).requests_last_minute == 0
+        assert [(await found.post("mallory", COMPLETIONS, SHORT)).status for _ in range(3)] == [200, 200, 429]
+        assert (await found.post("alice", path, body)).status == 200
+
+
+def test_bodies_that_trickle_leave_room_for_others_and_give_it_back(tmp_path: Path) -> None:
+    """A quarter of all bodies' bound, held by one user's half-sent requests, over real sockets."""
+    largest = 20_000
+    gateway = Gateway(NullEnginePort(), house_settings(tmp_path, max_body_bytes=largest))
+    _, mallory = gateway.keys.create("mallory")
+    _, alice = gateway.keys.create("alice")
+    bodies = gateway.access.bodies
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-api-key: %b\r\ncontent-length: %d\r\n\r\n"
+    half = head % (mallory.encode(), largest) + b"x" * (largest - 1)
+    with at(gateway) as port:
+        with ExitStack() as connections:
+            for number in range(16):
+                one = connections.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+                one.sendall(half)
+                until(lambda number=number: bodies.held == (number + 1) * (largest - 1))  # type: ignore[misc]
+            told = post(port, mallory, b"x" * largest)
+            assert told.startswith(b"HTTP/1.1 503")
+            assert b"too many long bodies of yours" in told
+            assert b"\r\nretry-after: " in told
+            assert post(port, alice, SHORT).startswith(b"HTTP/1.1 200")
+        until(lambda: not bodies.held)
+        assert post(port, mallory, SHORT).startswith(b"HTTP/1.1 200")
+    assert not bodies.held
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @asynccontextmanager
