@@ -39,6 +39,8 @@ from benchmarks.null_metrics import Metrics
 from benchmarks.null_queue import Queue, Seat
 from benchmarks.null_replies import AnyReply, NumberedReply, Reply, Told
 from benchmarks.null_tokens import WrongResume, ids_of
+from synthia_vllm.api.abort import PATH as ABORT
+from synthia_vllm.api.abort import AbortRequest
 
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _YIELD_EACH = 64  # chunks, at full speed: `send` does not let others run
@@ -107,6 +109,7 @@ class NullEngine:
             stuck=lambda: self.faults.stuck,
         )
         self._seeds: dict[Seat, int | None] = {}  # of the replies under way
+        self._under_way: dict[str, asyncio.Future[None]] = {}  # done when the client has left, by X-Request-Id
         self._metrics = Metrics(self._queue, self.faults, max_num_seqs if tell_max_num_seqs else None)
         self._numbered = numbered
         self._told = Told(text, max_model_len, reply_tokens, cached)
@@ -121,21 +124,36 @@ class NullEngine:
         path = scope["path"]
         if path == "/fault":
             return await self._change_faults(await body_of(receive), send)
-        routes = (_CHAT, _COMPLETIONS, GENERATE) if self._generate_route else (_CHAT, _COMPLETIONS)
+        routes = (_CHAT, _COMPLETIONS, GENERATE, ABORT) if self._generate_route else (_CHAT, _COMPLETIONS)
         if path not in routes:
             return await self._tell(path, scope["method"], send)
         if scope["method"] != "POST":
             return await no_such_thing(send, 405, [(b"allow", b"POST")])
         headers = dict(scope["headers"])
         body = await body_of(receive)
+        if path == ABORT:
+            return await self._abort(body, send)
         gone = asyncio.ensure_future(left(receive))
+        name = headers.get(b"x-request-id", b"").decode("latin-1")
+        self._under_way[name] = gone
         came = time.perf_counter()
         try:
             await self._begin(path, headers, body, gone, send)
             self._metrics.observe("e2e_request_latency", time.perf_counter() - came)
         finally:
             gone.cancel()
+            self._under_way.pop(name, None)
         return None
+
+    async def _abort(self, body: bytes, send: Send) -> None:
+        """As a replica of ours does: the reply ends with its usage."""
+        try:
+            wanted = msgspec.json.decode(body, type=AbortRequest).request_id
+        except msgspec.MsgspecError as wrong:
+            return await answer(send, 400, error(str(wrong)))
+        if (gone := self._under_way.get(wanted)) is not None:
+            gone.cancel()  # which tells it from a client that has left
+        return await answer(send, 200, b"{}")
 
     @property
     def running(self) -> int:
@@ -227,7 +245,7 @@ class NullEngine:
             self._metrics.observe("request_queue_time", time.perf_counter() - came)
             if self.faults.hang or self.faults.stuck:
                 await self.faults.hold(gone)
-            if gone.done():
+            if gone.done() and not gone.cancelled():
                 self.aborted += 1
             elif reply.stream:
                 if not early:
@@ -249,7 +267,10 @@ class NullEngine:
                 await self.faults.hold(gone)
             if gone.done():
                 self.aborted += 1
-                return None
+                if not gone.cancelled():
+                    return None
+                reply.tokens = number - 1
+                break
             if self.faults.dead:
                 return await answer(send, 500, ENGINE_DEAD)
             if number == reply.deadly:
@@ -270,7 +291,10 @@ class NullEngine:
                 await asyncio.sleep(0)
             if gone.done():
                 self.aborted += 1
-                return None
+                if not gone.cancelled():
+                    return None
+                reply.tokens = number - 1
+                break
             if faults.in_streams:
                 await _flush(held, send)
                 if await faults.strike(number, gone):

@@ -9,9 +9,11 @@ SynthiaError
 │   ├── NotFound (404)          no such route
 │   ├── MethodNotAllowed (405)
 │   ├── BodyTimeout (408)       the body did not arrive in time
+│   ├── RequestAborted (409)    its own user has ended it
 │   ├── BodyTooLarge (413)
 │   ├── UnsupportedMedia (415)  a body in a form that is not read here
 │   ├── Misdirected (421)       a request for another server's name
+│   ├── RequestNotFound (404)   no request of this name is under way
 │   ├── ModelNotFound (404)     no model of that name is served
 │   ├── ContextTooLong (400)    prompt and reply don't fit the model's context
 │   ├── LimitExceeded (429)     this user's limit; tells when to come back
@@ -112,6 +114,28 @@ class NotFound(RequestError):
 
     def __init__(self, path: str) -> None:
         super().__init__(f"there is nothing at {path}; the routes are listed in the README")
+
+
+class RequestNotFound(RequestError):
+    """No request of this user has this name and is under way."""
+
+    status = 404
+    code = "request_not_found"
+    reason = "not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no request of yours with X-Request-Id {name!r} is under way", param="request_id")
+
+
+class RequestAborted(RequestError):
+    """The request's own user has ended it."""
+
+    status = 409
+    code = "request_aborted"
+    reason = "aborted"
+
+    def __init__(self) -> None:
+        super().__init__("this request was aborted by its user")
 
 
 class ModelNotFound(RequestError):

@@ -14,6 +14,7 @@ if os.environ.get(CPU_BINDING) == "auto":  # before vLLM is imported, which is m
     start_on_free_cores(Claims())
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -23,6 +24,8 @@ from ray.serve.llm.deployment import LLMServer
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.tokenizers import get_tokenizer
 
+from synthia_vllm.api import abort
+from synthia_vllm.cluster.aborts import Aborts
 from synthia_vllm.cluster.cpus.share import Share, share_of
 from synthia_vllm.cluster.guard import Guard, engine_key
 from synthia_vllm.engine.arguments import CPU_WORKER
@@ -31,6 +34,7 @@ from synthia_vllm.engine.server import warm_up
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import Settings
+from synthia_vllm.supervise import supervise
 
 # Set for replicas on a CPU; a binding that Ray was started with wins.
 _SHARES_CORES = CAN_BIND and os.environ.get(CPU_BINDING) == "auto"
@@ -45,6 +49,7 @@ class Engine(LLMServer):  # type: ignore[misc]
         self._settings = Settings(**own["settings"])
         self._names = [own["name"], *(alias for alias in MODEL_ALIASES if alias != own["name"])]
         self._watch: asyncio.Task[None] | None = None
+        self._base: list[int] = []  # the CPUs that its engine was started on
         if own["shares_machine"]:
             self._take_share(llm_config, keep_cache=own["keeps_cache"])
         engine = llm_config.get_engine_config()
@@ -59,7 +64,8 @@ class Engine(LLMServer):  # type: ignore[misc]
         models[:] = [BaseModelPath(name=name, model_path=models[0].model_path) for name in self._names]
         await warm_up(app.state.engine_client)
         if _SHARES_CORES:
-            self._watch = asyncio.create_task(self._share_cores(app.state.engine_client))
+            self._watch = supervise("core_sharing", partial(self._share_cores, app.state.engine_client))
+        app.router.add_route(abort.PATH, Aborts(app.state.engine_client), methods=["POST"])
         app.middleware_stack = None  # vLLM has built it already; Starlette builds it again with ours
         app.add_middleware(Guard, key=engine_key(self._settings))
         return app
@@ -73,8 +79,9 @@ class Engine(LLMServer):  # type: ignore[misc]
         async def compute_on(cpus: list[int]) -> None:
             await engine.collective_rpc("compute_on", args=(cpus,))
 
-        (base,) = await engine.collective_rpc("computes_on")
-        await share_cores(Claims(), base, compute_on)
+        if not self._base:
+            (self._base,) = await engine.collective_rpc("computes_on")
+        await share_cores(Claims(), self._base, compute_on)
 
     def _take_share(self, llm_config: LLMConfig, *, keep_cache: bool) -> None:
         """Replicas on one machine without GPUs divide its cores and its memory; else each would plan to use all."""

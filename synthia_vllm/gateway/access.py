@@ -8,7 +8,15 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from synthia_vllm.api.errors import ErrorForm, form_of
-from synthia_vllm.errors import Forbidden, NotFound, Overloaded, RequestError, SynthiaError, Unauthorized
+from synthia_vllm.errors import (
+    Forbidden,
+    NotFound,
+    Overloaded,
+    RequestAborted,
+    RequestError,
+    SynthiaError,
+    Unauthorized,
+)
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.delivery import ClientLeft
@@ -71,11 +79,13 @@ class Access:
         self.open[exchange.id] = exchange
         for observer in self.observers:
             observer.opened(exchange)
-        broken = stopped = False
+        broken = stopped = left = False
         try:
             broken = not await self._answer(exchange, headers, scope, receive, reply)
-        except ClientLeft:
-            pass
+        except ClientLeft as leaving:
+            left = True
+            if leaving.connected:
+                await reply.cut()
         except RequestError as error:
             exchange.reason = exchange.reason or error.reason
             await reply.refuse(error)
@@ -90,7 +100,7 @@ class Access:
         finally:
             del self.open[exchange.id]
             exchange.ended = perf_counter()
-            exchange.outcome = "stopped" if stopped else "failed" if broken else _outcome(exchange, reply)
+            exchange.outcome = "stopped" if stopped else "failed" if broken else _outcome(exchange, reply, left)
             for observer in self.observers:
                 observer.ended(exchange)
 
@@ -197,6 +207,13 @@ class RecordedReply:
         if not self.started:
             await send_error(error, self, form=self._form, request_id=self._exchange.request_id)
 
+    async def cut(self) -> None:
+        """Ends it where it is, for a client who has said that he wants no more, and may still be there."""
+        if self.started:
+            await self({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            await self.refuse(RequestAborted())
+
 
 def _new_exchange(scope: Scope, headers: dict[bytes, bytes]) -> Exchange:
     unique, told = request_ids(headers.get(b"x-request-id", b""))
@@ -215,8 +232,8 @@ def _length(scope: Scope) -> int | None:
     return int(told) if told.isdigit() else None
 
 
-def _outcome(exchange: Exchange, reply: RecordedReply) -> Outcome:
-    if not reply.ended:
+def _outcome(exchange: Exchange, reply: RecordedReply, left: bool) -> Outcome:
+    if left or not reply.ended:
         return "cancelled"
     if exchange.status < 400:
         return "finished"

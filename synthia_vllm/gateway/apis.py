@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,8 @@ from urllib.parse import unquote
 
 from starlette.types import Receive, Send
 
-from synthia_vllm.api.base import AnsweringApi, Asker, GeneratingApi, Model, Prepared
+from synthia_vllm.api import abort
+from synthia_vllm.api.base import AnsweringApi, Asker, GeneratingApi, Model, Prepared, decode
 from synthia_vllm.api.chat import ChatCompletions
 from synthia_vllm.api.completions import Completions
 from synthia_vllm.api.errors import anthropic_form, form_of
@@ -22,9 +24,9 @@ from synthia_vllm.api.sampling import constraint_param
 from synthia_vllm.api.tokens import Detokenize, Tokenize
 from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.port import Engine
-from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, UpstreamLost
+from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, RequestNotFound, UpstreamLost
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.delivery import Delivery
+from synthia_vllm.gateway.delivery import ClientLeft, Delivery
 from synthia_vllm.gateway.edge.replies import send_json
 from synthia_vllm.gateway.limits.layer import Arrivals
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
@@ -37,6 +39,7 @@ MODELS = "/v1/models"
 # Bodies from this size on are read, rendered and tokenized in a thread: the event loop is everybody's.
 _NUMBER = re.compile(rb"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _LONG_BODY = 16 * 1024
+_MOST_LEFT = 1024
 _WORK = 2048  # bytes of a body that are more work than a look at its user's limits
 
 T = TypeVar("T")
@@ -71,12 +74,16 @@ class Apis:
         self._keep_bodies = keep_bodies
         self._generating = {api.path: api for api in GENERATING}
         self._answering = {api.path: api for api in ANSWERING}
+        self._deliveries: dict[tuple[str, str], Delivery] = {}  # under way, by user and X-Request-Id
+        self._left: OrderedDict[tuple[str, str], int] = OrderedDict()  # tokens of those that were left last
         self._told = False  # an engine has told what it serves
         self._started = int(time.time())
 
     async def look(self, exchange: Exchange, length: int | None) -> None:
         """Before a body of so many bytes is read, unknown for None. Raises LimitExceeded for one not worth its work."""
         if self._arrivals is None:
+            return
+        if exchange.route == abort.PATH:
             return
         if exchange.route in self._answering:
             await self._arrivals.count(exchange.account, exchange.id)
@@ -102,6 +109,9 @@ class Apis:
             await self._tell_models(exchange, send, anthropic=form_of(route, headers) is anthropic_form)
             return True
         assert exchange.body is not None
+        if route == abort.PATH:
+            await send_json(200, await self._abort(exchange), send)
+            return True
         if (api := self._answering.get(route)) is not None:
             body = await self._answer(api, exchange)
             await send_json(200, body, send)
@@ -113,16 +123,36 @@ class Apis:
                 exchange.body = None
                 on_read()
             delivery = Delivery(exchange, request, self.layer, self._observers, unbounded=unbounded)
+            name = exchange.account.user, exchange.request_id
+            self._deliveries[name] = delivery
             try:
                 await delivery.run(receive, send)
             except RequestError as error:
                 if type(error) is not RequestError:
                     raise
                 raise refusal_of_engine(error, constraint) from None
+            except ClientLeft:
+                self._left[name] = exchange.usage.generated
+                while len(self._left) > _MOST_LEFT:
+                    self._left.popitem(last=False)
+                raise
+            finally:
+                if self._deliveries.get(name) is delivery:
+                    del self._deliveries[name]
             return not delivery.failed
         finally:
             if self._arrivals is not None:
                 self._arrivals.decided(exchange.id)
+
+    async def _abort(self, exchange: Exchange) -> abort.Aborted:
+        wanted = decode(exchange.body or b"", abort.AbortRequest).request_id
+        name = exchange.account.user, wanted
+        delivery = self._deliveries.get(name)
+        if delivery is not None:
+            return abort.Aborted(await delivery.abort())
+        if name not in self._left:
+            raise RequestNotFound(wanted)
+        return abort.Aborted(self._left[name])
 
     async def _answer(self, api: AnsweringApi, exchange: Exchange) -> bytes:
         model = await self._known_model()

@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from synthia_vllm.api import abort
 from synthia_vllm.engine.port import Capacity, Engine
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.access import Access
@@ -52,6 +53,7 @@ from synthia_vllm.web.page import StatusPage
 METHODS: Mapping[str, tuple[str, ...]] = {
     **{api.path: ("POST",) for api in GENERATING},
     **{api.path: ("POST",) for api in ANSWERING},
+    abort.PATH: ("POST",),
     **dict.fromkeys((MODELS, f"{MODELS}/", "/health", "/ready", "/metrics", "/sd"), ("GET",)),
     ADMIN_PREFIX: ("GET", "POST", "PATCH", "DELETE"),
 }

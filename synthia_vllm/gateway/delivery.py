@@ -25,7 +25,11 @@ _log = structlog.get_logger(__name__)
 
 
 class ClientLeft(Exception):
-    """The client has closed its connection before it had the whole reply."""
+    """The client does not want the rest of a reply: it has closed its connection, or said so (`connected`)."""
+
+    def __init__(self, *, connected: bool = False) -> None:
+        super().__init__()
+        self.connected = connected
 
 
 class Delivery:
@@ -60,6 +64,7 @@ class Delivery:
         self._nap: asyncio.Future[None] | None = None  # of the writer, while it has nothing to do
         self._unbounded = unbounded and request.prepared.streamed
         self._due = False  # the loop will send when this turn is over
+        self._aborted: asyncio.Future[None] | None = None  # done when the engine has let go
         self._loop = asyncio.get_running_loop()
         self._send: Send
         self._reader: asyncio.Task[None]
@@ -73,7 +78,7 @@ class Delivery:
         for task in (reader, gone):
             task.add_done_callback(lambda _: self._wake())
         try:
-            while not reader.done() and not gone.done():
+            while not reader.done() and not gone.done() and self._aborted is None:
                 if streamed and self._chunks and not self._unbounded:
                     await self._flush()
                 else:
@@ -81,7 +86,7 @@ class Delivery:
                     self._nap = self._loop.create_future()
                     await self._nap
             if not reader.done():
-                raise ClientLeft
+                raise ClientLeft(connected=not gone.done())
             self._raise_or_tell(reader)
             if gone.done():
                 raise ClientLeft
@@ -91,6 +96,17 @@ class Delivery:
             if not reader.done():  # else what follows, the count of it, comes before anything that the client asks next
                 reader.cancel()
                 await asyncio.gather(reader, gone, return_exceptions=True)
+            if self._aborted is not None:
+                self._aborted.set_result(None)
+
+    async def abort(self) -> int:
+        """Ends it as if the client had left. When the engine has let go of it, tells the tokens that it generated."""
+        if not self._reader.done():
+            if self._aborted is None:
+                self._aborted = self._loop.create_future()
+                self._wake()
+            await asyncio.shield(self._aborted)
+        return self._request.usage.generated
 
     async def _read(self) -> None:
         """Takes the engine's deltas as fast as they come, and makes bytes of them."""

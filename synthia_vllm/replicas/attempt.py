@@ -10,6 +10,7 @@ from typing import Literal
 import aiohttp
 import msgspec
 
+from synthia_vllm.api import abort
 from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.http import EngineRefused, refusal
 from synthia_vllm.replicas.sse import EventReader, EventTooLong
@@ -66,6 +67,7 @@ class Attempt:
         self._heard = heard
         self._deadline: asyncio.Timeout | None = None
         self._reply: aiohttp.ClientResponse | None = None
+        self._reader = EventReader()
 
     def __enter__(self) -> "Attempt":
         return self
@@ -105,7 +107,7 @@ class Attempt:
             return
         if reply.content_type != "text/event-stream":
             raise EngineRefused(502, f"it sent {reply.content_type} where a stream was due")
-        feed, readany, heard = EventReader().feed, reply.content.readany, self._heard
+        feed, readany, heard = self._reader.feed, reply.content.readany, self._heard
         while part := await readany():
             heard()
             self.begun = True
@@ -140,6 +142,30 @@ class Attempt:
             said = await reply.content.read(_MAX_ERROR_BYTES)
             raise refusal(reply.status, said, reply.headers.get("Retry-After"))
         return reply
+
+    async def abort(self) -> tuple[int | None, list[bytes]]:
+        """Ends the request at the engine before anybody has its end.
+
+        The number of tokens that it came to, or else the events that its reply ends with, where they can be had: of an
+        engine that can only be left, nothing.
+        """
+        events: list[bytes] = []
+        if not self.endpoint.aborts:
+            return None, events
+        asked = msgspec.json.encode(abort.AbortRequest(self._headers["X-Request-Id"]))
+        headers = {name: value for name, value in self._headers.items() if name != "X-Request-Id"}
+        url = self.endpoint.url + abort.PATH
+        with suppress(TimeoutError, aiohttp.ClientError, msgspec.MsgspecError, EventTooLong):
+            async with asyncio.timeout(_END_S):
+                async with self._session.post(url, data=asked, headers=headers) as answer:
+                    if answer.status == 200:
+                        told = msgspec.json.decode(await answer.read(), type=abort.Aborted)
+                        if told.completion_tokens is not None:
+                            return told.completion_tokens, events
+                if self._reply is not None:  # what it was about to say; of one that had ended, its end
+                    while DONE not in events and (part := await self._reply.content.readany()):
+                        events += self._reader.feed(part)
+        return None, [data for data in events if data != DONE]
 
     async def _end(self, reply: aiohttp.ClientResponse) -> None:
         """Reads on to the connection's end, so that it can be used again."""

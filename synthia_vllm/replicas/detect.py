@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import aiohttp
 import msgspec
 
+from synthia_vllm.api import abort
 from synthia_vllm.prompt import Style, render
 from synthia_vllm.replicas.http import BUSY, refusal
 
@@ -30,6 +31,7 @@ class Endpoint:
     root: str | None = None  # the model's folder or its id on the hub
     context: int | None = None  # most tokens of prompt and reply
     vllm: bool = False  # takes vLLM's parameters, and tells token ids
+    aborts: bool = False  # tells what a request came to when it is asked to end it
     bos: str = ""  # what a conversation's text needs in front: empty where BOS comes by itself, or nobody tells
 
     @property
@@ -57,6 +59,10 @@ async def detect(
     endpoint.root = root if isinstance(root, str) else None
     endpoint.context = context if isinstance(context, int) else None
     endpoint.vllm = card.get("owned_by") in _VLLM
+    if endpoint.vllm:
+        # As below. Who names the missing field knows the route.
+        async with session.post(endpoint.url + abort.PATH, json={}, headers=headers, timeout=timeout) as reply:
+            endpoint.aborts = reply.status == 400 and b"request_id" in await reply.content.read(1024)
     if not tokens:
         endpoint.bos = await _missing_bos(endpoint, session, headers)
         endpoint.kind = "completions"

@@ -3,7 +3,7 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, ClassVar
 
 import msgspec
@@ -59,6 +59,9 @@ class Reply(ABC):
         self._replayed = replayed
         self._repeated = 0  # of them, that have come
         self._cut = False  # ended by us: the engine would go on
+        self._delta = Delta()  # that is being put together
+        self._taken = 0  # tokens of those that were given
+        self._ended = False  # the last one was
         sampling = generation.sampling
         self.with_logprobs = sampling.logprobs is not None or sampling.logprob_token_ids is not None
         self._before: list[int] = [*generation.prompt[-4:], *replayed] if self.with_logprobs else []
@@ -84,36 +87,59 @@ class Reply(ABC):
     async def read(self, attempt: Attempt) -> AsyncGenerator[Delta, None]:
         """The deltas, up to one with a finish.
 
-        Raises AttemptLost, EngineRefused, and UpstreamLost where other ids are replayed.
+        Raises AttemptLost, EngineRefused, and UpstreamLost where other ids are replayed. Where it is left, it ends the
+        request at the engine, and tells `on_untaken` of the tokens that nobody took.
         """
         with attempt:
-            async with aclosing(attempt.events(self.path, self.body(attempt.endpoint))) as events:
-                async for read in events:
-                    delta = Delta()
-                    for number, data in enumerate(read, start=1):
-                        try:
-                            if data:
-                                self.add(delta, data)
-                        except Exception:
-                            if delta.ids:
-                                yield delta  # what came before it counts
-                            raise
+            try:
+                async with aclosing(attempt.events(self.path, self.body(attempt.endpoint))) as events:
+                    async for read in events:
+                        delta = self._delta
+                        for number, data in enumerate(read, start=1):
+                            try:
+                                if data:
+                                    self.add(delta, data)
+                            except Exception:
+                                if delta.ids:
+                                    yield self._given(delta)  # what came before it counts
+                                raise
+                            if delta.finish is not None:
+                                if not self._cut:
+                                    self._add_usage([*read[number:], *await all_of(events)])
+                                break
+                        if self.prompt_logprobs is not None:
+                            await self._add_prompt(delta)
                         if delta.finish is not None:
-                            if not self._cut:
-                                self._add_usage([*read[number:], *await all_of(events)])
-                            break
-                    if self.prompt_logprobs is not None:
-                        await self._add_prompt(delta)
-                    if delta.finish is not None:
-                        yield self.complete(delta)
-                        return
-                    if delta.ids:
-                        yield delta
-            # vLLM sends no chunk without a token, not even the last one.
-            if self.transcript.count - self.began_at >= self.generation.sampling.max_tokens:
-                yield self.complete(Delta(finish="length"))
-                return
+                            yield self._given(self.complete(delta))
+                            return
+                        if delta.ids:
+                            yield self._given(delta)
+                # vLLM sends no chunk without a token, not even the last one.
+                if self.transcript.count - self.began_at >= self.generation.sampling.max_tokens:
+                    yield self.complete(Delta(finish="length"))
+                    return
+            except (GeneratorExit, asyncio.CancelledError):
+                self.generation.on_untaken(await self._untaken(attempt))
+                raise
         raise AttemptLost("died", "the stream ended before its end")
+
+    def _given(self, delta: Delta) -> Delta:
+        self._taken += len(delta.ids)
+        self._ended = delta.finish is not None
+        self._delta = Delta()
+        return delta
+
+    async def _untaken(self, attempt: Attempt) -> int:
+        """Tokens that the engine generated, and that were not given: of those of this attempt that are new."""
+        known = len(self._delta.ids)
+        if self._cut or self._ended or self._delta.finish is not None:
+            return known
+        total, events = await attempt.abort()
+        for data in events:
+            with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                usage: Usage | None = self.decoder.decode(data).usage
+                total = usage.completion_tokens if usage is not None else total
+        return known if total is None else max(known, total - len(self._replayed) - self._taken)
 
     def add_ids(
         self, delta: Delta, ids: list[int], finish: str | None, content: Sequence[Entry], asked: int | None

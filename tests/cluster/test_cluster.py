@@ -1,6 +1,7 @@
 """`cluster up` as a user runs it: two real replicas of the demo model behind Ray Serve."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -157,6 +158,38 @@ def test_what_the_running_cluster_can_not_take_is_refused_by_name(cluster: Runni
         assert done.returncode == 2
         assert named in done.stderr
         assert "cluster down" in done.stderr
+
+
+def test_who_leaves_is_billed_for_what_his_replica_had_generated(cluster: RunningCluster, client: httpx.Client) -> None:
+    def totals() -> tuple[float, float, float]:
+        page = client.get("/metrics").text
+
+        def total(name: str) -> float:
+            return sum(map(float, re.findall(rf"^{name}(?:\{{[^\n]*\}})? (\S+)$", page, re.MULTILINE)))
+
+        # Canaries are of one token, and come to their end; who leaves does not.
+        generated = total("vllm:generation_tokens_total") - total("vllm:request_success_total")
+        return total("synthia_generation_tokens_total"), generated, total("vllm:num_requests_running")
+
+    def at_rest() -> tuple[float, float, float]:
+        found = totals()
+        while (again := totals()) != found or again[2]:
+            found = again
+            time.sleep(1.5)
+        return found
+
+    def leave(number: int) -> None:
+        body = {"model": "synthia", "prompt": f"{number} orcas", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as reply:
+            for _, seen in zip(reply.iter_lines(), range(3 * number), strict=False):
+                assert seen >= 0
+
+    before = at_rest()
+    with ThreadPoolExecutor(12) as threads:
+        list(threads.map(leave, range(1, 13)))
+    after = at_rest()
+    assert after[0] > before[0]
+    assert after[0] - before[0] == after[1] - before[1]
 
 
 def test_a_killed_replica_is_replaced_and_no_stream_breaks(cluster: RunningCluster, client: httpx.Client) -> None:

@@ -20,6 +20,7 @@ from benchmarks.load.sizing.state import (
     TURN,
     UP,
     UP_COUNT,
+    WEIGHTS,
     Array,
     Engine,
     Replicas,
@@ -54,6 +55,8 @@ def join(requests: Requests, users: Users, totals: Array, i: int) -> None:
     u = requests.user[i]
     requests.after[i] = NONE
     if users.head[u] == NONE:
+        if users.running[u] == 0:
+            totals[WEIGHTS] += users.weight[u]
         count = users.queued_count[0]
         if count:
             floor = users.place[users.queued[0]]
@@ -83,6 +86,8 @@ def take_head(requests: Requests, users: Users, totals: Array, u: int) -> int:
         users.queued[users.position[u]] = moved
         users.position[moved] = users.position[u]
         users.queued_count[0] = last
+        if users.running[u] == 0:
+            totals[WEIGHTS] -= users.weight[u]
     totals[QUEUED] -= 1
     totals[QUEUED_TOKENS] -= requests.prompt[i] + requests.output[i]
     return int(i)
@@ -107,12 +112,14 @@ def next_user(users: Users, requests: Requests) -> int:
 
 @njit(cache=True)
 def fits(requests: Requests, users: Users, engine: Engine, totals: Array, i: int) -> bool:
-    """Whether the engines have room for one more, a share kept for users who have nothing running."""
+    """Whether the engines have room for one more, a share kept for users who have less than half of theirs."""
     if totals[UP_COUNT] == 0:
         return False
     if totals[ROOM_REQUESTS] == 0:
         return True
-    share = 1.0 if users.running[requests.user[i]] == 0 else 1.0 - _NEWCOMERS_SHARE
+    u = requests.user[i]
+    part = max(users.held[u] / totals[ROOM_TOKENS], users.running[u] / totals[ROOM_REQUESTS])
+    share = 1.0 if part < users.weight[u] / (2.0 * totals[WEIGHTS]) else 1.0 - _NEWCOMERS_SHARE
     most = max(1, int(totals[UP_COUNT] * engine.max_seqs * share))
     if totals[ROOM_REQUESTS] >= most:
         return False
@@ -125,7 +132,10 @@ def charge(requests: Requests, users: Users, totals: Array, i: int) -> None:
     """At dispatch."""
     u = requests.user[i]
     requests.expected[i] = expected_output(requests, users, i)
+    if users.running[u] == 0 and users.head[u] == NONE:
+        totals[WEIGHTS] += users.weight[u]
     users.running[u] += 1
+    users.held[u] += requests.prompt[i] + requests.expected[i]
     users.place[u] += (PROMPT_COST * requests.prompt[i] + GENERATED_COST * requests.expected[i]) / users.weight[u]
     totals[ROOM_REQUESTS] += 1
     totals[ROOM_TOKENS] += requests.prompt[i] + requests.expected[i]
@@ -136,6 +146,9 @@ def settle(requests: Requests, users: Users, totals: Array, i: int) -> None:
     """At the end."""
     u = requests.user[i]
     users.running[u] -= 1
+    users.held[u] -= requests.prompt[i] + requests.expected[i]
+    if users.running[u] == 0 and users.head[u] == NONE:
+        totals[WEIGHTS] -= users.weight[u]
     users.place[u] += GENERATED_COST * (requests.output[i] - requests.expected[i]) / users.weight[u]
     mean = users.mean[u]
     users.mean[u] = requests.output[i] if mean == 0.0 else mean + _LEARNING_RATE * (requests.output[i] - mean)

@@ -14,6 +14,7 @@ from benchmarks.load.sizing.state import (
     OFF,
     REPLICA_SECONDS,
     SERVED,
+    TOTALS,
     UP,
     UP_COUNT,
     Replicas,
@@ -24,7 +25,6 @@ from benchmarks.load.sizing.traffic import Traffic
 from benchmarks.load.summary import Slo
 
 Floats = NDArray[np.float64]
-_TOTALS = 11
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def run(
         cluster.downscale_delay_s,
         cluster.startup_s,
     )
-    totals, scaling, histogram = np.zeros(_TOTALS), np.zeros(4), np.zeros(HISTOGRAM_BINS)
+    totals, scaling, histogram = np.zeros(TOTALS), np.zeros(4), np.zeros(HISTOGRAM_BINS)
     totals[UP_COUNT] = scaling[TARGET] = cluster.replicas
     homes = np.full(max(1, int(traffic.session.max(initial=NONE)) + 1), NONE)
     first = np.flatnonzero(np.isfinite(traffic.arrival))
@@ -186,6 +186,7 @@ def _users(traffic: Traffic) -> Users:
         tail=np.full(count, NONE),
         place=np.zeros(count),
         running=np.zeros(count, dtype=np.int64),
+        held=np.zeros(count),
         mean=np.zeros(count),
         queued=np.zeros(count + 1, dtype=np.int64),
         position=np.zeros(count, dtype=np.int64),

@@ -13,9 +13,21 @@ NONE = -1
 WAITING, SERVED, REFUSED = 0, 1, 2  # of requests
 OFF, STARTING, UP, DRAINING = 0, 1, 2, 3  # of replicas
 # Indices into `totals`.
-ROOM_TOKENS, ROOM_REQUESTS, QUEUED, QUEUED_TOKENS, TURN, UP_COUNT, LATE, IN_FLIGHT, REPLICA_SECONDS, ENDED, HEAP = (
-    range(11)
-)
+(
+    ROOM_TOKENS,
+    ROOM_REQUESTS,
+    QUEUED,
+    QUEUED_TOKENS,
+    TURN,
+    UP_COUNT,
+    LATE,
+    IN_FLIGHT,
+    REPLICA_SECONDS,
+    ENDED,
+    HEAP,
+    WEIGHTS,  # of users who wait or run
+    TOTALS,
+) = range(13)
 
 
 class Requests(NamedTuple):
@@ -44,6 +56,7 @@ class Users(NamedTuple):
     tail: Array
     place: Array  # service had and under way, over weight: the scheduler's place
     running: Array
+    held: Array  # tokens, of those
     mean: Array  # tokens that a whole reply came to of late; 0: not known
     queued: Array  # users with waiting requests, `queued_count[0]` of them
     position: Array  # where in `queued`
