@@ -79,7 +79,7 @@ def _engines(count: int, queue: str, *options: str, places: int = _PLACES, **set
 def _gateways(engines: ReplicaSet, logs: Path, names: str, queue: str, *words: str) -> Iterator[list[str]]:
     """URLs of gateways that are ready, one a letter of `names`."""
     command = [sys.executable, "-m", "synthia_vllm", "gateway"]
-    command += ["--tokenizer", str(write_tokenizer(logs / "tokenizer"))]
+    command += ["--tokenizer", str(write_tokenizer(logs / "tokenizer")), "--fair.gateways", str(len(names))]
     command += [word for url in engines.listing().values() for word in ("--upstream", url)]
     most = str(10**12)
     room = {"SYNTHIA_FAIR__MAX_IN_FLIGHT_TOKENS": most, "SYNTHIA_FAIR__MAX_IN_FLIGHT_REQUESTS": most}

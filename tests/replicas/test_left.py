@@ -64,11 +64,13 @@ async def test_what_was_generated_for_who_left_is_told(
     live: Live, options: dict[str, Any], route: Callable[[NullEngine], ASGIApp]
 ) -> None:
     engine = NullEngine(**options)
+    # At full speed there are many before the reply's headers were read; what was left by then nobody can tell.
+    cancelled = range(15, 30) if options.get("tokens_per_second") or options.get("early_headers") else ()
     async with pool_of(live(route(engine)), **_QUIET) as pool:
         before, left, dice = engine.generated, Left(pool), random.Random(7)
         await asyncio.gather(
             *(left.after(number, dice.randint(0, 9)) for number in range(15)),
-            *(left.at(number, dice.uniform(0.02, 0.4)) for number in range(15, 30)),
+            *(left.at(number, dice.uniform(0.02, 0.4)) for number in cancelled),
             *(left.after(number, 10**9, max_tokens=20) for number in range(30, 35)),
         )
         await until(lambda: not engine.running)
