@@ -32,6 +32,7 @@ class Left:
         text = f"text {number}"
         generation = replace(
             asking(text, **{"max_tokens": 5000} | sampling),
+            id=f"left-{number}",
             prompt=self._tokenizer.encode_with_bos(text) if self._engine.tokenizer is not None else [],
             on_untaken=self._untaken,
         )
