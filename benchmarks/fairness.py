@@ -3,8 +3,8 @@
     python -m benchmarks.fairness [--rounds 3] [--step-tokens 48] [--output benchmarks/results/fairness.json]
 
 Servers run side by side and are loaded in turn, one with `--fair.policy vtc`, one with `fcfs`, and one with vtc for
-each `--step-tokens`, vLLM's `--max-num-batched-tokens`: a step that computes fewer prompts is over sooner, and a
-newcomer's comes next. Else they are alike.
+each `--step-tokens`, vLLM's `--max-num-batched-tokens`: a step that computes fewer prompts is over sooner, but prompts
+wait for one another then. Else they are alike.
 
 alone     the light user sends one request at a time
 beside    the same while the heavy user always has 100 requests with the server

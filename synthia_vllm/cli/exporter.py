@@ -43,7 +43,6 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.metrics.exporter import MetricsRoutes
     from synthia_vllm.metrics.sidecar import Sidecar
     from synthia_vllm.replicas.http import own_headers
-    from synthia_vllm.secret_urls import reveal
 
     sidecar = Sidecar(
         settings.upstream, headers=own_headers(reveal(settings.upstream_key)), wait=settings.metrics.replica_wait_s

@@ -3,7 +3,6 @@
 import asyncio
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,12 +23,13 @@ from synthia_vllm.api.sampling import constraint_param
 from synthia_vllm.api.tokens import Detokenize, Tokenize
 from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.port import Engine
-from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, RequestNotFound, UpstreamLost
+from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, UpstreamLost
 from synthia_vllm.gateway.accounts import Account
-from synthia_vllm.gateway.delivery import ClientLeft, Delivery
+from synthia_vllm.gateway.delivery import Delivery
 from synthia_vllm.gateway.edge.replies import send_json
 from synthia_vllm.gateway.limits.layer import Arrivals
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
+from synthia_vllm.gateway.under_way import UnderWay
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import PromptSettings
 
@@ -39,7 +39,6 @@ MODELS = "/v1/models"
 # Bodies from this size on are read, rendered and tokenized in a thread: the event loop is everybody's.
 _NUMBER = re.compile(rb"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _LONG_BODY = 16 * 1024
-_MOST_LEFT = 1024
 _WORK = 2048  # bytes of a body that are more work than a look at its user's limits
 
 T = TypeVar("T")
@@ -74,8 +73,7 @@ class Apis:
         self._keep_bodies = keep_bodies
         self._generating = {api.path: api for api in GENERATING}
         self._answering = {api.path: api for api in ANSWERING}
-        self._deliveries: dict[tuple[str, str], Delivery] = {}  # under way, by user and X-Request-Id
-        self._left: OrderedDict[tuple[str, str], int] = OrderedDict()  # tokens of those that were left last
+        self._under_way = UnderWay()
         self._told = False  # an engine has told what it serves
         self._started = int(time.time())
 
@@ -123,22 +121,13 @@ class Apis:
                 exchange.body = None
                 on_read()
             delivery = Delivery(exchange, request, self.layer, self._observers, unbounded=unbounded)
-            name = exchange.account.user, exchange.request_id
-            self._deliveries[name] = delivery
             try:
-                await delivery.run(receive, send)
+                with self._under_way.running(exchange, delivery):
+                    await delivery.run(receive, send)
             except RequestError as error:
                 if type(error) is not RequestError:
                     raise
                 raise refusal_of_engine(error, constraint) from None
-            except ClientLeft:
-                self._left[name] = exchange.usage.generated
-                while len(self._left) > _MOST_LEFT:
-                    self._left.popitem(last=False)
-                raise
-            finally:
-                if self._deliveries.get(name) is delivery:
-                    del self._deliveries[name]
             return not delivery.failed
         finally:
             if self._arrivals is not None:
@@ -146,13 +135,7 @@ class Apis:
 
     async def _abort(self, exchange: Exchange) -> abort.Aborted:
         wanted = decode(exchange.body or b"", abort.AbortRequest).request_id
-        name = exchange.account.user, wanted
-        delivery = self._deliveries.get(name)
-        if delivery is not None:
-            return abort.Aborted(await delivery.abort())
-        if name not in self._left:
-            raise RequestNotFound(wanted)
-        return abort.Aborted(self._left[name])
+        return abort.Aborted(await self._under_way.abort(exchange.account.user, wanted))
 
     async def _answer(self, api: AnsweringApi, exchange: Exchange) -> bytes:
         model = await self._known_model()

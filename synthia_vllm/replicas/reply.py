@@ -116,7 +116,7 @@ class Reply(ABC):
                             yield self._given(delta)
                 # vLLM sends no chunk without a token, not even the last one.
                 if self.transcript.count - self.began_at >= self.generation.sampling.max_tokens:
-                    yield self.complete(Delta(finish="length"))
+                    yield self._given(self.complete(Delta(finish="length")))
                     return
             except (GeneratorExit, asyncio.CancelledError):
                 self.generation.on_untaken(await self._untaken(attempt))

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.null_port import NullEnginePort
 from synthia_vllm.api.abort import PATH
 from tests.gateway.asgi import Answer
-from tests.gateway.whole import BODIES, GENERATING, LENGTH, House, house
+from tests.gateway.whole import BODIES, CHAT, COMPLETIONS, GENERATING, LENGTH, House, house
 
 
 @asynccontextmanager
@@ -21,9 +21,9 @@ async def slow_house(folder: Path) -> AsyncIterator[House]:
         yield found
 
 
-async def ask(home: House, path: str, *, stream: bool, name: str = "mine", user: str = "alice") -> Answer:
-    body = {**BODIES[path], LENGTH[path]: 2000, "stream": stream}
-    return await home.post(user, path, body, headers={"x-request-id": name})
+async def ask(home: House, path: str, *, stream: bool, **more: Any) -> Answer:
+    body = {**BODIES[path], LENGTH[path]: 2000, "stream": stream, **more}
+    return await home.post("alice", path, body, headers={"x-request-id": "mine"})
 
 
 async def abort(home: House, name: Any = "mine", user: str = "alice") -> tuple[int, dict[str, Any]]:
@@ -31,18 +31,21 @@ async def abort(home: House, name: Any = "mine", user: str = "alice") -> tuple[i
     return answer.status, answer.json()
 
 
-async def under_way(home: House, requests: int = 1) -> None:
-    while len(home.gateway.scheduler.running) < requests or not any(
-        one.usage.generated for one in home.gateway.access.open.values()
-    ):
+async def under_way(home: House) -> None:
+    while not any(one.usage.generated for one in home.gateway.access.open.values()):
         await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("path", GENERATING)
-async def test_it_is_ended_and_billed_for_what_is_told(tmp_path: Path, path: str, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [*((path, {}) for path in GENERATING), (CHAT, {"n": 3}), (COMPLETIONS, {"prompt": ["a", "b"], "n": 2})],
+)
+async def test_it_is_ended_and_billed_for_what_is_told(
+    tmp_path: Path, path: str, more: dict[str, Any], stream: bool
+) -> None:
     async with slow_house(tmp_path) as home:
-        asked = asyncio.create_task(ask(home, path, stream=stream))
+        asked = asyncio.create_task(ask(home, path, stream=stream, **more))
         await under_way(home)
         status, told = await abort(home)
         answer = await asyncio.wait_for(asked, 5)

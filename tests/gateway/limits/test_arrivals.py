@@ -3,8 +3,7 @@
 import asyncio
 import json
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from synthia_vllm.gateway.limits.shared import SharedLimiter
 from synthia_vllm.gateway.request import Exchange, Observer
 from tests.gateway.live import exchange, serving
 from tests.gateway.whole import COMPLETIONS, House, house, house_settings
+from tests.running import until
 
 LONG = json.dumps({"model": "synthia", "prompt": "word " * 220_000, "max_tokens": 5}).encode()
 SHORT = json.dumps({"model": "synthia", "prompt": "word", "max_tokens": 5}).encode()
@@ -178,22 +178,16 @@ def test_bodies_that_trickle_leave_room_for_others_and_give_it_back(tmp_path: Pa
             for number in range(16):
                 one = connections.enter_context(socket.create_connection(("127.0.0.1", port), 5))
                 one.sendall(half)
-                until(lambda number=number: bodies.held == (number + 1) * (largest - 1))  # type: ignore[misc]
+                held = (number + 1) * (largest - 1)
+                until(lambda held=held: bodies.held == held, "they are read", 10, 0.01)  # type: ignore[misc]
             told = post(port, mallory, b"x" * largest)
             assert told.startswith(b"HTTP/1.1 503")
             assert b"too many long bodies of yours" in told
             assert b"\r\nretry-after: " in told
             assert post(port, alice, SHORT).startswith(b"HTTP/1.1 200")
-        until(lambda: not bodies.held)
+        until(lambda: not bodies.held, "they are given back", 10, 0.01)
         assert post(port, mallory, SHORT).startswith(b"HTTP/1.1 200")
     assert not bodies.held
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @asynccontextmanager
