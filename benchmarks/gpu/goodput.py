@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.load.client import Target
+from benchmarks.load.clients import Clients
 from benchmarks.load.measuring import Terms, measure
 from benchmarks.load.prompts import Span
 from benchmarks.load.run_file import Measurement
@@ -13,7 +14,7 @@ from benchmarks.load.workloads import OpenLoop
 
 @dataclass(frozen=True)
 class Objective:
-    """The SLO, and how long and how finely a rate is looked for."""
+    """The SLO, and how long and how finely a rate is looked for; `growth` is that of `slo.bisect`."""
 
     ttft_ms: float = 450.0
     itl_ms: float = 40.0
@@ -23,13 +24,20 @@ class Objective:
     prompt: Span = Span(256, 256)  # noqa: RUF009
     output: Span = Span(128, 128)  # noqa: RUF009
     most: float = 1000.0
+    growth: float = 2.0
 
 
 async def goodput(
-    target: Target, name: str, objective: Objective, start: float, say: Callable[[str], None], seed: int = 1
+    target: Target,
+    name: str,
+    objective: Objective,
+    start: float,
+    say: Callable[[str], None],
+    seed: int = 1,
+    clients: Clients | None = None,
 ) -> float:
     """Requests a second; 0 where not even one request in `seconds` meets the SLO."""
-    terms = Terms(seed)
+    terms = Terms(seed, clients=clients)
 
     async def run(rate: float, number: int) -> Measurement:
         load = OpenLoop(rate, objective.seconds, objective.prompt, objective.output)
@@ -37,5 +45,5 @@ async def goodput(
 
     search = Search(run, objective.ttft_ms, objective.itl_ms, objective.trials, lambda text: say(f"{name}: {text}"))
     least = 1 / objective.seconds
-    low, _ = await bisect(search.holds, max(start, least), objective.precision, least, objective.most)
+    low, _ = await bisect(search.holds, max(start, least), objective.precision, least, objective.most, objective.growth)
     return low or 0.0

@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.load.roofline import bound, mean_context
 from benchmarks.load.run_file import Roofline, Run
-from benchmarks.load.summary import METRICS, Summary
+from benchmarks.load.summary import METRICS, Load, Summary, tokens_of
 
 # Ours, theirs, streams (None: each), at least. From the issue that asked for this kit.
 TARGETS: tuple[tuple[str, str, int | None, float], ...] = (
@@ -30,6 +30,7 @@ def results(run: Run, goodput: Mapping[str, float]) -> dict[str, Any]:
             for name in _SHOWN:
                 estimate = summary.estimate(server, load, name)
                 row[name] = round(estimate.value * METRICS[name][2], 2) if estimate else None
+            row["processor_us"] = processor_us(summary, server, load)
             if run.roofline is not None and load.streams and row["output_throughput"]:
                 context = mean_context(summary, server, load)
                 row["bound"] = round(bound(roofline_of(run.roofline, server), load.streams, context), 1)
@@ -54,6 +55,13 @@ def results(run: Run, goodput: Mapping[str, float]) -> dict[str, Any]:
         },
         "left_out": {server.name: server.missing for server in run.servers if server.missing},
     }
+
+
+def processor_us(summary: Summary, server: str, load: Load) -> float | None:
+    """Of the API process, microseconds a token, in all rounds together; None where it was not taken."""
+    taken = [found for found in summary.measurements(server, load) if found.processor_s is not None]
+    tokens = sum(tokens_of(request) for found in taken for request in found.requests)
+    return round(1e6 * sum(found.processor_s or 0.0 for found in taken) / tokens, 1) if tokens else None
 
 
 def roofline_of(roofline: Roofline, server: str) -> Roofline:
@@ -85,12 +93,14 @@ def markdown(report: Mapping[str, Any] | None, tuned: Mapping[str, Any] | None =
         "p99",
         "ITL p50, ms",
         "p99",
+        "API process, µs a token",
         "roofline, tokens/s",
         "share",
     ]
     lines += ["", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for row in report["rows"]:
-        cells = [row["server"], row["streams"], *(row[name] for name in _SHOWN), row.get("bound"), row.get("share")]
+        cells = [row["server"], row["streams"], *(row[name] for name in _SHOWN)]
+        cells += [row.get("processor_us"), row.get("bound"), row.get("share")]
         lines.append(f"| {' | '.join('' if cell is None else str(cell) for cell in cells)} |")
     lines += ["", "| server | start, s | memory, GiB | goodput, requests/s |", "|---|---:|---:|---:|"]
     for name, seconds in report["startup_s"].items():

@@ -67,10 +67,10 @@ def tune(tuner: Tuner, knobs: Mapping[str, Sequence[Any]], file: Path) -> Profil
     def done(trial: Trial, best: dict[str, Any]) -> None:
         trials.append(trial)
         tuner.say(str(trial))
-        write_profile(profile_of(tuner, Found(best, trials), file.stem), file)
+        write_profile(profile_of(tuner.bench, tuner.objective, Found(best, trials), file.stem), file)
 
     found = search(knobs, tuner.compare, done=done)
-    profile = profile_of(tuner, found, file.stem)
+    profile = profile_of(tuner.bench, tuner.objective, found, file.stem)
     pairs = tuner.against_defaults(found.options)
     if pairs:
         gains = sorted(ours / theirs for theirs, ours in pairs if theirs)
@@ -80,13 +80,12 @@ def tune(tuner: Tuner, knobs: Mapping[str, Sequence[Any]], file: Path) -> Profil
     return profile
 
 
-def profile_of(tuner: Tuner, found: Found, name: str) -> Profile:
-    objective = tuner.objective
-    config = read_config(str(tuner.bench.model))
+def profile_of(bench: Bench, objective: Objective, found: Found, name: str) -> Profile:
+    config = read_config(str(bench.model))
     assert config is not None
     return Profile(
         name=name,
-        hardware=hardware_of(tuner.bench.machine),
+        hardware=hardware_of(bench.machine),
         geometry=geometry_of(config),
         options=found.options,
         measured={

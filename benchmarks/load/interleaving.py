@@ -1,5 +1,6 @@
 """Rounds: every workload on every server in turn, A B C … A B C, so that drift of the machine meets all alike."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ _WARM_UP_S = 10.0
 
 async def warm_up(servers: Sequence[Up], terms: Terms, say: Say) -> None:
     """As many streams at once as will be, uncounted; then each is weighed. Tells of replies that go wrong."""
-    short = Terms(terms.seed, terms.sampling, terms.patience, _WARM_UP_S)
+    short = dataclasses.replace(terms, limit_s=_WARM_UP_S)
     for up in servers:
         if up.target is not None:
             found = await measure(up.target, _WARM_UP, short, server=up.server.name, number=-1)
@@ -55,12 +56,12 @@ async def run_rounds(
             wanted = [server for server in up if part.servers is None or server.server.name in part.servers]
             for server in rotated(wanted, number):
                 assert server.target is not None
-                name = server.server.name
-                done(
-                    await measure(
-                        server.target, part.workload, terms_of(part, server, terms), server=name, number=number
-                    )
+                name, used = server.server.name, server.processor
+                before = used() if used else 0.0
+                found = await measure(
+                    server.target, part.workload, terms_of(part, server, terms), server=name, number=number
                 )
+                done(found.model_copy(update={"processor_s": round(used() - before, 3)}) if used else found)
             took[at] = time.monotonic() - began
 
 
@@ -68,7 +69,7 @@ def terms_of(part: Part, up: Up, terms: Terms) -> Terms:
     """Only a closed loop is ended early, which sends the same however long it lasts, and only where that is needed."""
     if part.workload.kind == "closed" and up.limited:
         return terms
-    return Terms(terms.seed, terms.sampling, terms.patience)
+    return dataclasses.replace(terms, limit_s=None)
 
 
 def rotated(servers: Sequence[Up], by: int) -> list[Up]:

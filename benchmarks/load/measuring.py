@@ -7,11 +7,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from benchmarks.load.client import GREEDY, Call, Client, Patience, Reply, Target
 from benchmarks.load.prompts import Prompts
 from benchmarks.load.run_file import Measurement, Request
+
+if TYPE_CHECKING:
+    from benchmarks.load.clients import Clients
 
 Kind = Literal["closed", "open", "conversations", "trace", "users"]
 # A client whose p99 lateness is above both bent the load that it was to make.
@@ -43,15 +46,15 @@ class Workload(Protocol):
 
 
 class Load:
-    """The measurement's clock, and the requests so far."""
+    """The measurement's clock, and the requests so far. `start`: when it begins, by `time.perf_counter`."""
 
-    def __init__(self, client: Client, *, seed: str) -> None:
+    def __init__(self, client: Client, *, seed: str, start: float | None = None) -> None:
         self.client = client
         self.random = random.Random(seed)
         self.prompts = Prompts(seed + client.target.salt)
         self.requests: list[Request] = []
         self.under_way: list[Reply] = []
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() if start is None else start
 
     def now(self) -> float:
         return time.perf_counter() - self._start
@@ -70,28 +73,37 @@ class Load:
 
 @dataclass(frozen=True)
 class Terms:
-    """How measurements are taken. After `limit_s`, what is under way is left out; None: all replies are waited for."""
+    """How measurements are taken.
+
+    limit_s   after which what is under way is left out; None: all replies are waited for
+    clients   processes that send, for loads that are too much for one
+    """
 
     seed: int = 1
     sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
     patience: Patience = Patience()  # noqa: RUF009
     limit_s: float | None = None
+    clients: "Clients | None" = None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a client saw. `lost`: chunks of replies that the terms' limit left out; None: it came to its end."""
+
+    requests: list[Request]
+    lost: int | None
 
 
 async def measure(target: Target, workload: Workload, terms: Terms, *, server: str, number: int) -> Measurement:
     """Runs a workload once. One that the terms' limit ended tells whether it still counts."""
     gc.collect()
     started = time.time()
-    async with Client(target, sampling=terms.sampling, patience=terms.patience) as client:
-        load = Load(client, seed=f"{terms.seed}/{workload.name}/{workload.streams}/{workload.rate}/{number}")
-        collecting = gc.isenabled()
-        gc.disable()  # a collection of all these lists would make the client late
-        try:
-            ended = await _drive(workload, load, terms.limit_s)
-        finally:
-            if collecting:
-                gc.enable()
-    requests = sorted(load.requests, key=lambda request: request.sent_s)
+    seed = f"{terms.seed}/{workload.name}/{workload.streams}/{workload.rate}/{number}"
+    if terms.clients is None:
+        found = await collect(target, workload, terms, seed)
+    else:
+        found = await terms.clients.collect(target, workload, terms, seed)
+    requests = sorted(found.requests, key=lambda request: request.sent_s)
     return Measurement(
         server=server,
         workload=workload.name,
@@ -100,11 +112,25 @@ async def measure(target: Target, workload: Workload, terms: Terms, *, server: s
         streams=workload.streams,
         rate=workload.rate,
         started_at=round(started, 3),
-        duration_s=max((request.done_s for request in requests), default=load.now()),
+        duration_s=max((request.done_s for request in requests), default=time.time() - started),
         requests=requests,
-        invalid=[*lateness(requests), *([] if ended else left_out(load, terms.limit_s))],
+        invalid=[*lateness(requests), *left_out(found, terms.limit_s)],
         weights=dict(workload.weights),
     )
+
+
+async def collect(target: Target, workload: Workload, terms: Terms, seed: str, start: float | None = None) -> Collected:
+    """Sends it from this process; `start` is `Load`'s."""
+    async with Client(target, sampling=terms.sampling, patience=terms.patience) as client:
+        load = Load(client, seed=seed, start=start)
+        collecting = gc.isenabled()
+        gc.disable()  # a collection of all these lists would make the client late
+        try:
+            ended = await _drive(workload, load, terms.limit_s)
+        finally:
+            if collecting:
+                gc.enable()
+    return Collected(load.requests, None if ended else sum(len(reply.chunks) for reply in load.under_way))
 
 
 async def _drive(workload: Workload, load: Load, limit_s: float | None) -> bool:
@@ -139,13 +165,15 @@ def lateness(requests: Sequence[Request]) -> list[str]:
     ]
 
 
-def left_out(load: Load, limit_s: float | None) -> list[str]:
+def left_out(found: Collected, limit_s: float | None) -> list[str]:
     """Why a measurement that was ended early does not count, if so: its throughput is that of whole replies."""
-    lost = sum(len(reply.chunks) for reply in load.under_way)
-    kept = sum(len(request.chunk_s) for request in load.requests)
-    if lost <= LEFT_OUT_SHARE * (lost + kept):
+    if found.lost is None:
         return []
-    return [f"ended after {limit_s:.0f} s with {lost / (lost + kept):.0%} of its chunks in replies that were under way"]
+    kept = sum(len(request.chunk_s) for request in found.requests)
+    if found.lost <= LEFT_OUT_SHARE * (found.lost + kept):
+        return []
+    share = found.lost / (found.lost + kept)
+    return [f"ended after {limit_s:.0f} s with {share:.0%} of its chunks in replies that were under way"]
 
 
 def quantile(values: Sequence[float], share: float) -> float:

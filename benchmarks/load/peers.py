@@ -73,12 +73,13 @@ class Peer:
 
 @dataclass
 class Up:
-    """A server as the report has it, and where it answers if it runs."""
+    """A server as the report has it, and where it answers if it runs. `processor`: seconds its API process used."""
 
     server: Server
     target: Target | None = None
     memory: Callable[[], int] | None = None
     limited: bool = False
+    processor: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)

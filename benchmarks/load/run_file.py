@@ -54,6 +54,8 @@ class Measurement(_Part):
     requests: list[Request]
     # Why this measurement tells nothing about the server: the client was late, for instance. Empty: valid.
     invalid: list[str] = Field(default_factory=list)
+    # Of processors that the server's API process used meanwhile, its threads included, without the engine's processes.
+    processor_s: float | None = None
     # Weight of each user, for the service gap.
     weights: dict[str, float] = Field(default_factory=dict)
 

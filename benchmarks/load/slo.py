@@ -76,11 +76,17 @@ class Search:
 
 
 async def bisect(
-    holds: Callable[[float], Awaitable[bool]], start: float, precision: float, least: float, most: float
+    holds: Callable[[float], Awaitable[bool]],
+    start: float,
+    precision: float,
+    least: float,
+    most: float,
+    growth: float = 2.0,
 ) -> tuple[float | None, float | None]:
     """The highest rate that holds and the lowest that does not, no further apart than `precision` (a share).
 
-    Doubles or halves from `start` until both are known. None: not even `least` holds, or `most` does.
+    Multiplies or divides by `growth` from `start` on until both are known. None: not even `least` holds, or `most`
+    does.
     """
     low, high, rate = None, None, start
     while low is None or high is None:
@@ -88,12 +94,12 @@ async def bisect(
             low = rate
             if rate >= most:
                 return low, None
-            rate = min(most, 2 * rate)
+            rate = min(most, growth * rate)
         else:
             high = rate
             if rate <= least:
                 return None, high
-            rate = max(least, rate / 2)
+            rate = max(least, rate / growth)
         if low is not None and high is not None:
             break
     while high > low * (1 + precision):
