@@ -22,7 +22,7 @@ CONFIG: dict[str, Any] = {
 }
 OPTIONS: dict[str, Any] = {
     "max_num_seqs": 256,
-    "quantization": "fp8",
+    "scheduling_policy": "priority",
     "async_scheduling": True,
     "enable_chunked_prefill": False,
     "cudagraph_capture_sizes": [1, 2, 4],
@@ -44,6 +44,23 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_profile_is_found_by_hardware_and_geometry(folder: Path) -> None:
     assert choose_profile("auto", machine("NVIDIA H200"), CONFIG) == PROFILE
+
+
+@pytest.mark.parametrize("option", ["quantization", "kv_cache_dtype"])
+def test_one_that_changes_what_the_model_says_is_taken_only_by_name(folder: Path, option: str) -> None:
+    fewer = PROFILE.model_copy(update={"name": "h200-11b-fp8", "options": {option: "fp8"}})
+    write_profile(fewer, folder / "h200-11b-fp8.yaml")
+    assert choose_profile("auto", machine("NVIDIA H200"), CONFIG) == PROFILE
+    assert choose_profile("h200-11b-fp8", machine("NVIDIA H200"), CONFIG) == fewer
+    (folder / "h200-11b.yaml").unlink()
+    assert choose_profile("auto", machine("NVIDIA H200"), CONFIG) is None
+
+
+def test_the_one_that_comes_with_this_version_is_found_for_synthia() -> None:
+    found = choose_profile("auto", machine("NVIDIA H200"), CONFIG)
+    assert found is not None
+    assert found.measured["gain over vLLM's defaults"] >= 1.15
+    assert int(found.arguments([])[1]) >= found.options["max_num_seqs"]  # vLLM refuses fewer tokens a step
 
 
 @pytest.mark.parametrize(
@@ -79,7 +96,7 @@ def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
 def test_options_become_words_and_given_ones_win() -> None:
     words = PROFILE.arguments(["--max-num-seqs", "8", "--no-async-scheduling"])
     assert words == [
-        *("--quantization", "fp8"),
+        *("--scheduling-policy", "priority"),
         "--no-enable-chunked-prefill",
         *("--cudagraph-capture-sizes", "1", "2", "4"),
         *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'),
@@ -95,9 +112,9 @@ def test_the_plan_takes_a_profile_and_what_follows_the_dashes_wins(tmp_path: Pat
     settings = Settings(model=str(write_model(tmp_path)), engine=EngineSettings(profile=str(tmp_path / "mine.yaml")))
     plan = plan_engine(settings, machine("NVIDIA H200"), ["--max-num-seqs", "8"])
     assert plan.profile is not None
-    assert plan.profile.startswith("h200-11b: --quantization fp8")
+    assert plan.profile.startswith("h200-11b: --scheduling-policy priority")
     assert plan.arguments.count("--max-num-seqs") == 1
-    assert plan.arguments[plan.arguments.index("--quantization") + 1] == "fp8"
+    assert plan.arguments[plan.arguments.index("--scheduling-policy") + 1] == "priority"
 
 
 def test_without_a_profile_the_plan_says_so(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ _SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
+_FEWER_BITS = {"quantization", "kv_cache_dtype"}
 Value = bool | int | float | str | list[int] | dict[str, Any]
 
 
@@ -63,6 +64,8 @@ def geometry_of(config: Mapping[str, Any]) -> dict[str, int]:
 def choose_profile(wanted: str, machine: Machine, config: Mapping[str, Any] | None) -> Profile | None:
     """`auto`: the one that fits hardware and model, if any; `none`; else a name or a file, wherever it was measured.
 
+    A profile that changes what the model says, by fewer bits in weights or KV cache, is taken only where it is named.
+
     Raises SetupError for a name that is none and a file that is no profile.
     """
     if wanted == "none":
@@ -77,7 +80,8 @@ def choose_profile(wanted: str, machine: Machine, config: Mapping[str, Any] | No
         return None
     profiles = map(read_profile, sorted(FOLDER.glob("*.yaml")))
     hardware, geometry = hardware_of(machine), geometry_of(config)
-    return next((found for found in profiles if (found.hardware, found.geometry) == (hardware, geometry)), None)
+    fitting = [found for found in profiles if (found.hardware, found.geometry) == (hardware, geometry)]
+    return next((found for found in fitting if not _FEWER_BITS & found.options.keys()), None)
 
 
 def read_profile(file: Path) -> Profile:

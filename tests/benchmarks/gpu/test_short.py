@@ -1,13 +1,15 @@
+import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.gpu import short
+from benchmarks.gpu import servers, short
 from benchmarks.gpu.geometry import TINY, make_model
-from benchmarks.gpu.measure import Loads
+from benchmarks.gpu.measure import OURS, OURS_FP8, VLLM, VLLM_FP8, Loads
 from benchmarks.gpu.servers import Bench, Variant
 from benchmarks.load.peers import Up
 from benchmarks.load.run_file import Server
@@ -49,7 +51,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def run(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, seconds: float, stages: Sequence[str] = short.STAGES
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    stages: Sequence[str] = short.STAGES,
+    *,
+    roomy: bool = False,
 ) -> tuple[list[str], list[list[str]]]:
     loads: list[list[str]] = []
 
@@ -58,6 +65,8 @@ def run(
 
     monkeypatch.setattr(short, "Fleet", NoFleet)
     monkeypatch.setattr(short, "closed_loops", closed_loops)
+    monkeypatch.setattr(short, "Clients", lambda count: nullcontext())
+    monkeypatch.setattr(short, "fit_together", lambda *_: roomy)
     done: list[int] = []
     until = time.monotonic() + seconds
     recorder: Any = NoRecorder()
@@ -83,6 +92,28 @@ def test_the_pair_comes_first_and_ours_stays_until_the_end(bench: Bench, monkeyp
         ["64 ours card-batched", "1 ours card", "64 card"],
         ["64", "1"],
     ]
+
+
+def test_where_all_four_have_room_fp8_is_measured_beside_bf16(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, loads = run(bench, monkeypatch, 1000, roomy=True)
+    assert told == ["+ ours vllm ours-fp8 vllm-fp8", "- vllm ours-fp8 vllm-fp8", "+ card card-batched", "- card", "end"]
+    assert loads[0] == ["64", "1", "8", "256"]
+    told, loads = run(bench, monkeypatch, 1000, ["pair", "fp8"], roomy=True)
+    assert told == ["+ ours vllm ours-fp8 vllm-fp8", "- vllm ours-fp8 vllm-fp8", "end"]
+    told, loads = run(bench, monkeypatch, 1000, ["fp8"], roomy=True)
+    assert told == ["+ ours ours-fp8 vllm-fp8", "end"]
+
+
+def test_a_gpu_has_room_or_not(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "weights_of", lambda bench, variant: 10 * GIB if variant.options else 20 * GIB)
+    four = (OURS, VLLM, OURS_FP8, VLLM_FP8)
+    h200 = dataclasses.replace(bench.machine, gpus=(Gpu("NVIDIA H200", 143771 * 2**20, 143000 * 2**20),))
+    assert servers.fit_together(dataclasses.replace(bench, machine=h200), four, 13.2)
+    assert not servers.fit_together(bench, four, 13.2)
+    assert servers.fit_together(bench, four[:2], 13.2)
+    assert not servers.fit_together(
+        dataclasses.replace(bench, machine=dataclasses.replace(bench.machine, gpus=())), four, 1
+    )
 
 
 def test_a_stage_that_had_no_time_can_be_run_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

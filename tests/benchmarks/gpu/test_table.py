@@ -6,6 +6,7 @@ import pytest
 from benchmarks.gpu.table import markdown, results
 from benchmarks.gpu.versions import judge
 from benchmarks.load.run_file import Measurement, Request, Roofline, Run, Server
+from synthia_vllm.engine.profiles import FOLDER, read_profile
 from synthia_vllm.errors import SetupError
 
 ROOT = Path(__file__).parents[3]
@@ -80,9 +81,21 @@ def test_the_table_has_what_was_measured_and_says_what_was_not(run: Run) -> None
     assert "| ours | 9.0 | 1.0 | 3.0 |" in text
 
 
-def test_the_docs_have_the_table_of_what_was_measured() -> None:
-    file = ROOT / "benchmarks" / "results" / "gpu" / "h100.json"
-    assert markdown(json.loads(file.read_text())) in (ROOT / "docs" / "gpu.md").read_text()
+def test_the_docs_have_the_tables_of_what_was_measured() -> None:
+    docs = (ROOT / "docs" / "gpu.md").read_text()
+    results = ROOT / "benchmarks" / "results" / "gpu"
+    assert markdown(json.loads((results / "h100.json").read_text())) in docs
+    profile = read_profile(FOLDER / "h200-11b.yaml")
+    assert markdown(json.loads((results / "h200.json").read_text()), profile.model_dump()) in docs
+
+
+def test_the_api_process_is_told_a_token(run: Run) -> None:
+    known = [
+        found.model_copy(update={"processor_s": 0.0049} if found.server == "ours" and found.round == 0 else {})
+        for found in run.measurements
+    ]
+    rows = results(run.model_copy(update={"measurements": known}), {})["rows"]
+    assert {row["server"]: row["processor_us"] for row in rows} == {"ours": 50.0, "vllm": None, "ours-fp8": None}
 
 
 @pytest.mark.parametrize(

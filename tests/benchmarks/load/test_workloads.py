@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.load.client import Target
+from benchmarks.load.clients import Clients, shares
 from benchmarks.load.conversations import Conversations
 from benchmarks.load.measuring import Terms, Workload, lateness, measure
 from benchmarks.load.prompts import Prompts, Span
@@ -47,6 +48,48 @@ async def test_a_closed_loop_keeps_so_many_requests_open() -> None:
     assert engine.most == 4
     assert all(len(body["prompt"]) == 8 for body in engine.asked)
     assert found.duration_s >= max(request.done_s for request in found.requests)
+
+
+async def test_several_client_processes_make_one_load() -> None:
+    engine = Noting(tokens_per_second=100)
+    with Clients(3) as clients:
+        found = await run(engine, ClosedLoop(7, 15, SHORT, SHORT), Terms(clients=clients))
+        assert len(found.requests) == 15
+        assert {request.error for request in found.requests} == {None}
+        assert engine.most == 7
+        assert len({tuple(body["prompt"]) for body in engine.asked}) == 15  # none is sent twice
+        assert all(request.sent_s >= request.due_s for request in found.requests)
+        # All began at one moment, by one clock.
+        assert sum(request.due_s == 0 for request in found.requests) == 7
+        limited = await run(
+            Noting(tokens_per_second=50), ClosedLoop(6, 60, SHORT, Span(1, 60)), Terms(clients=clients, limit_s=0.5)
+        )
+        assert limited.invalid  # whatever was under way in any of them was left out, and that is told
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "workload",
+    [
+        ClosedLoop(5, 11, SHORT, SHORT),
+        OpenLoop(10, 3, SHORT, SHORT),
+        OpenLoop(10, 0.2, SHORT, SHORT),
+        OpenLoop(10, 3, SHORT, SHORT, burstiness=0.25),
+        Conversations(2, 2, 0.1, 4, SHORT),
+    ],
+)
+def test_shares_come_to_the_whole(workload: Workload, count: int) -> None:
+    found = shares(workload, count)
+    assert 1 <= len(found) <= count
+    if workload.streams:
+        assert sum(one.streams or 0 for one in found) == workload.streams
+        assert all(one.streams for one in found)
+    if isinstance(workload, ClosedLoop):
+        assert sum(one.requests for one in found if isinstance(one, ClosedLoop)) == workload.requests
+    if workload.rate:
+        assert sum(one.rate or 0 for one in found) == pytest.approx(workload.rate)
+    if not isinstance(workload, ClosedLoop) and getattr(workload, "burstiness", 0) != 1:
+        assert found == [workload]
 
 
 async def test_an_open_loop_has_no_cap() -> None:
