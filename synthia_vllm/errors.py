@@ -113,7 +113,7 @@ class NotFound(RequestError):
     code: str | None = "not_found"
 
     def __init__(self, path: str) -> None:
-        super().__init__(f"there is nothing at {path}; the routes are listed in the README")
+        super().__init__(f"there is nothing at {path}; the routes are listed in docs/usage.md")
 
 
 class RequestNotFound(RequestError):

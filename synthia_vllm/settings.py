@@ -26,6 +26,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
 )
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -538,11 +539,39 @@ def fields_with(wanted: Any, model: type[BaseModel] = Settings) -> list[tuple[st
 
     found: list[tuple[str, ...]] = []
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found += [(name, *path) for path in fields_with(wanted, field.annotation)]
+        if (group := group_of(field)) is not None:
+            found += [(name, *path) for path in fields_with(wanted, group)]
         elif mentions(field.annotation):
             found.append((name,))
     return found
+
+
+def field_of(path: str) -> FieldInfo | None:
+    """The setting, or the group of settings, at `group.field`; None where there is none."""
+    model: type[BaseModel] | None = Settings
+    field = None
+    for name in path.split("."):
+        field = model.model_fields.get(name) if model else None
+        model = group_of(field) if field else None
+    return field
+
+
+def group_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The group of settings that a field is, if it is one."""
+    found = field.annotation
+    return found if isinstance(found, type) and issubclass(found, BaseModel) else None
+
+
+def option_of(path: str, *, no: bool = False) -> str:
+    """`--group.some-field`, or the option that says no to it."""
+    return f"--{'no-' if no else ''}{path.replace('_', '-')}"
+
+
+def path_of(option: str) -> str:
+    """`group.some_field` of an option, of one that says no to it as well."""
+    path = option.removeprefix("--").replace("-", "_")
+    positive = path.removeprefix("no_")
+    return positive if field_of(path) is None and field_of(positive) else path
 
 
 SECRETS = tuple(fields_with(SecretStr))  # never written down: they come as files, or by the environment
@@ -618,12 +647,11 @@ def _no_such(option: str) -> str:
 
 
 def _options(model: type[BaseModel], prefix: str = "--") -> Iterator[str]:
-    """All options and groups of options, as the command line has them."""
+    """All options, as the command line has them."""
     for name, field in model.model_fields.items():
         option = prefix + name.replace("_", "-")
-        yield option
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _options(field.annotation, f"{option}.")
+        inner = group_of(field)
+        yield from _options(inner, f"{option}.") if inner else [option]
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:

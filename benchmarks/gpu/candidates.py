@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.goodput import Objective, goodput
-from benchmarks.gpu.measure import client_processes
 from benchmarks.gpu.search import Found, Options, Trial
 from benchmarks.gpu.servers import DUMMY, FP8, Bench, Fleet, Variant
 from benchmarks.gpu.tune import profile_of
-from benchmarks.load.clients import Clients
+from benchmarks.load.clients import Clients, client_processes
 from benchmarks.load.interleaving import rotated, warm_up
 from benchmarks.load.measuring import Terms
 from benchmarks.load.peers import Say, Up

@@ -5,6 +5,7 @@ machine's (`time.perf_counter` is CLOCK_MONOTONIC on Linux), so their times are 
 """
 
 import asyncio
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -16,6 +17,7 @@ from benchmarks.load.client import Target
 from benchmarks.load.measuring import Collected, Terms, Workload, collect
 from benchmarks.load.workloads import ClosedLoop, OpenLoop
 
+MOST_CLIENTS = 4
 _AHEAD_S = 0.3  # in which all of them have read what they are to do
 
 
@@ -48,6 +50,11 @@ class Clients:
         )
         lost = [one.lost for one in found if one.lost is not None]
         return Collected([request for one in found for request in one.requests], sum(lost) if lost else None)
+
+
+def client_processes() -> int:
+    """A quarter of the cores, for servers on this machine need theirs."""
+    return min(MOST_CLIENTS, max(1, len(os.sched_getaffinity(0)) // 4))
 
 
 def shares(workload: Workload, count: int) -> list[Workload]:

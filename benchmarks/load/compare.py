@@ -8,10 +8,12 @@ share of failed requests is a regression where it grows by more than `FAILURES`.
 
 import sys
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -81,10 +83,11 @@ def show(comparison: Comparison, console: Console, *, everything: bool = False) 
         for name in names:
             console.print(f"{title}: {name}", highlight=False, markup=False)
     shown = [change for change in comparison.changes if everything or change.verdict != "same"]
-    if shown:
-        table = Table("server", "load", "metric", "old", "new", "new / old", "verdict")
-        for change in shown:
-            table.add_row(change.server, str(change.load), *_cells(change), change.verdict)
+    for (server, load), changes in groupby(shown, lambda change: (change.server, change.load)):
+        table = Table("metric", "old", "new", "new / old", "verdict", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for change in changes:
+            table.add_row(*_cells(change), change.verdict)
+        console.print(f"{server}, {load}", highlight=False, markup=False)
         console.print(table)
     same = sum(change.verdict == "same" for change in comparison.changes)
     console.print(

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import random
+import secrets
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -48,10 +49,10 @@ class Workload(Protocol):
 class Load:
     """The measurement's clock, and the requests so far. `start`: when it begins, by `time.perf_counter`."""
 
-    def __init__(self, client: Client, *, seed: str, start: float | None = None) -> None:
+    def __init__(self, client: Client, *, seed: str, salt: str = "", start: float | None = None) -> None:
         self.client = client
         self.random = random.Random(seed)
-        self.prompts = Prompts(seed + client.target.salt)
+        self.prompts = Prompts(f"{seed}{client.target.salt}/{salt}")
         self.requests: list[Request] = []
         self.under_way: list[Reply] = []
         self._start = time.perf_counter() if start is None else start
@@ -75,6 +76,7 @@ class Load:
 class Terms:
     """How measurements are taken.
 
+    salt      of prompts: without one, a run with the seed of an earlier one finds its prompts in the prefix cache
     limit_s   after which what is under way is left out; None: all replies are waited for
     clients   processes that send, for loads that are too much for one
     """
@@ -83,6 +85,7 @@ class Terms:
     sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
     patience: Patience = Patience()  # noqa: RUF009
     limit_s: float | None = None
+    salt: str = field(default_factory=lambda: secrets.token_hex(4))
     clients: "Clients | None" = None
 
 
@@ -122,7 +125,7 @@ async def measure(target: Target, workload: Workload, terms: Terms, *, server: s
 async def collect(target: Target, workload: Workload, terms: Terms, seed: str, start: float | None = None) -> Collected:
     """Sends it from this process; `start` is `Load`'s."""
     async with Client(target, sampling=terms.sampling, patience=terms.patience) as client:
-        load = Load(client, seed=seed, start=start)
+        load = Load(client, seed=seed, salt=terms.salt, start=start)
         collecting = gc.isenabled()
         gc.disable()  # a collection of all these lists would make the client late
         try:
@@ -147,6 +150,11 @@ async def _drive(workload: Workload, load: Load, limit_s: float | None) -> bool:
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+def whole(found: Measurement) -> bool:
+    """Whether the server answered anything."""
+    return any(request.error is None for request in found.requests)
 
 
 def lateness(requests: Sequence[Request]) -> list[str]:

@@ -40,7 +40,9 @@ def target_of(url: str, options: Mapping[str, Any]) -> Target:
             listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).raise_for_status().json()
             model = listed["data"][0]["id"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
-        raise click.ClickException(f"--server {url}: no answer from {url}/v1/models: {error!r}") from error
+        raise click.ClickException(
+            f"no answer from {url}/v1/models: {error!r}; is the URL right, and does it want --key?"
+        ) from error
     return Target(
         url,
         model,

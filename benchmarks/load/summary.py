@@ -40,6 +40,7 @@ class Spread:
     mean: float
     p50: float
     p90: float
+    p95: float
     p99: float
 
 
@@ -123,8 +124,8 @@ def spread(values: Iterable[float]) -> Spread:
     sample = np.fromiter(values, dtype=np.float64)
     sample = sample[np.isfinite(sample)]
     if not len(sample):
-        return Spread(*[float("nan")] * 4)
-    return Spread(float(sample.mean()), *(float(q) for q in np.percentile(sample, [50, 90, 99])))
+        return Spread(*[float("nan")] * 5)
+    return Spread(float(sample.mean()), *(float(q) for q in np.percentile(sample, [50, 90, 95, 99])))
 
 
 def summarize(measurement: Measurement, slo: Slo) -> Figures:
@@ -219,6 +220,11 @@ class Summary:
             if kinds:
                 found.setdefault(measurement.server, Counter()).update(kinds)
         return found
+
+    def words_of(self, server: str) -> str:
+        """What it said itself to the first request that went wrong, if anything."""
+        found = (r.detail for m in self.run.measurements if m.server == server for r in m.requests if r.error)
+        return next(found, "")
 
 
 def pooled(measurements: Sequence[Measurement], of: Callable[[Request], Iterable[float]]) -> list[float]:

@@ -30,6 +30,8 @@ def show(run: Run, console: Console) -> None:
             tell(f"left out: {server.name}: {server.missing}")
     for name, kinds in summary.errors().items():
         tell(f"errors: {name}: {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}")
+        if words := summary.words_of(name):
+            tell(f"  the first of them: {words}")
     for found in summary.invalid:
         tell(f"invalid: {found.server}, {load_name(found)}, round {found.round + 1}: {'; '.join(found.invalid)}")
 

@@ -12,7 +12,10 @@ from benchmarks.load.prompts import Span
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """`streams` clients, each of which sends the next request when its reply is there; `requests` in all."""
+    """`streams` clients, each of which sends the next request when its reply is there; `requests` in all.
+
+    chat   prompts are words of a user, about a token each, through the chat route; else token ids
+    """
 
     streams: int
     requests: int
@@ -22,13 +25,15 @@ class ClosedLoop:
     kind: Kind = "closed"
     rate: float | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
+    chat: bool = False
 
     @property
     def name(self) -> str:
         return self.label or "closed loop"
 
     async def drive(self, load: Load) -> None:
-        calls = (call_of(load, self.prompt, self.output) for _ in range(self.requests))
+        made = chat_of if self.chat else call_of
+        calls = (made(load, self.prompt, self.output) for _ in range(self.requests))
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self.streams, self.requests)):
                 group.create_task(self._stream(load, calls))
@@ -78,6 +83,12 @@ def call_of(
     """A request of drawn lengths, with a prompt that no other has."""
     source = source or load.random
     return Call(output.draw(source), load.prompts.ids(prompt.draw(source)), user=user, key=key)
+
+
+def chat_of(load: Load, prompt: Span, output: Span) -> Call:
+    """A chat of one message, of drawn lengths, that no other has."""
+    text = load.prompts.text(prompt.draw(load.random))
+    return Call(output.draw(load.random), messages=({"role": "user", "content": text},))
 
 
 def arrivals(source: random.Random, rate: float, seconds: float, burstiness: float = 1.0) -> list[float]:

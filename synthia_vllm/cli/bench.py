@@ -7,6 +7,7 @@ from synthia_vllm.cli.lazy import LazyGroup
 # name: (module, one line of help). A subcommand is its module's `command`.
 SUBCOMMANDS = {
     "run": ("benchmarks.load.run", "Load this machine's servers in turn, or one that runs, and write the report."),
+    "url": ("benchmarks.load.url", "Sweep any OpenAI-compatible server from one stream to saturation."),
     "slo": ("benchmarks.load.slo", "Find the highest rate at which p99 TTFT and p99 ITL hold."),
     "ceiling": ("benchmarks.load.ceiling", "Find what the serving layer can do with no inference in the way."),
     "chaos": ("benchmarks.load.chaos", "Kill replicas under load and tell what clients saw."),

@@ -14,6 +14,7 @@ from synthia_vllm.prompt import SYSTEM_PROMPTS
 
 # The card: `output_file_path = "./Synthia-v3.0-11B-conversations.jsonl"`.
 CONVERSATIONS_FILE = "Synthia-v3.0-11B-conversations.jsonl"
+_LOOK_S = 10.0
 HELP = """\
 /reset          forget the conversation (the system message stays)
 /system TEXT    set the system message; 'tot' is the card's Tree of Thoughts; no TEXT removes it
@@ -60,7 +61,11 @@ def command(
     from openai import OpenAI
 
     # A local server needs no proxy, no retries of half-said replies.
-    client = OpenAI(base_url=f"{url.rstrip('/')}/v1", api_key=api_key, max_retries=0, timeout=600)
+    url = url.rstrip("/")
+    client = OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=600)
+    if not answers(url):
+        click.echo(f"synthia-vllm: {_nobody(url)}", err=True)
+        sys.exit(1)
     conversation = Conversation(SYSTEM_PROMPTS.get(system, system) if system else None)
     options = {"model": model, **({"max_tokens": max_tokens} if max_tokens else {})}
     for line in _lines():
@@ -79,6 +84,17 @@ def command(
                 continue
             conversation.turns.append({"role": "assistant", "content": answer})
             record(conversations, line, answer)
+
+
+def answers(url: str) -> bool:
+    """Whether anything speaks HTTP there: known before something is typed."""
+    import httpx
+
+    try:
+        httpx.get(f"{url}/health", timeout=_LOOK_S, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+    return True
 
 
 def obey(line: str, conversation: Conversation) -> bool:
@@ -136,13 +152,15 @@ def _stream(client: Any, options: dict[str, Any], conversation: Conversation) ->
                 if chunk.choices and (text := chunk.choices[0].delta.content):
                     yield text
     except APIConnectionError:
-        raise ChatError(
-            f"there is no server at {client.base_url}; start one with `synthia-vllm serve`, or give --url"
-        ) from None
+        raise ChatError(_nobody(str(client.base_url).removesuffix("/v1/"))) from None
     except APIStatusError as error:
         raise ChatError(f"the server refused: {error.message}") from None
     except OpenAIError as error:
         raise ChatError(str(error)) from None
+
+
+def _nobody(url: str) -> str:
+    return f"there is no server at {url}; start one with `synthia-vllm serve`, or give --url"
 
 
 def _lines() -> Iterator[str]:

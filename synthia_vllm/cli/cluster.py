@@ -12,15 +12,15 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from synthia_vllm.cli.reads import CLUSTER_CONFIG, CLUSTER_UP, settings_for
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import LOOPBACK, Settings, load_settings, refuse_gateways_options
+from synthia_vllm.settings import LOOPBACK, Settings, refuse_gateways_options
 
 if TYPE_CHECKING:
     from synthia_vllm.cluster.local import LocalRay
     from synthia_vllm.cluster.rest import ServeApi
 
 PROG = "synthia-vllm cluster"
-_SHORT = {"--replicas": "--cluster.replicas", "--address": "--cluster.address", "--gateways": "--cluster.gateways"}
 _SETTINGS = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -34,7 +34,7 @@ def command() -> None:
 @click.pass_obj
 def up_command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
     """Start the cluster, or roll the one that runs to other options: --replicas N, --port, --model, --help for all."""
-    settings = load_settings(long_forms(words), prog=f"{PROG} up")
+    settings = settings_for(CLUSTER_UP, words)
     refuse_gateways_options(settings, f"{PROG} up")
     sys.exit(up(settings, vllm_options or [], Console(stderr=True, soft_wrap=True)))
 
@@ -44,7 +44,7 @@ def up_command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
 @click.pass_obj
 def config_command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
     """Print what `up` would deploy, as a Serve config for `serve deploy` and KubeRay."""
-    settings = load_settings(long_forms(words), prog=f"{PROG} config")
+    settings = settings_for(CLUSTER_CONFIG, words)
     refuse_gateways_options(settings, f"{PROG} config")
     click.echo(config_text(_with_model(settings), vllm_options or []))
 
@@ -63,15 +63,6 @@ def status_command(address: str | None, as_json: bool) -> None:
 def down_command(address: str | None, now: bool) -> None:
     """Remove the applications, and stop the Ray that `up` started here."""
     down(address, now=now)
-
-
-def long_forms(words: Sequence[str]) -> list[str]:
-    """`--replicas 2` is `--cluster.replicas 2`, and so on."""
-    found = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        found.append(_SHORT.get(name, name) + equals + value)
-    return found
 
 
 def up(settings: Settings, vllm_options: list[str], console: Console) -> int:

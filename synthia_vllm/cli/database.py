@@ -58,8 +58,8 @@ def moment(text: str | None, option: str, *, future: bool = False) -> float | No
         raise SetupError(f"{option} {text!r}: {error}; or a span like 30d, 12h, 15m") from None
 
 
-def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str) -> None:
-    """Prints rows as a table for people, or as CSV or JSON for programs."""
+def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str, empty: str) -> None:
+    """Prints rows as a table for people, or as CSV or JSON for programs; `empty` tells people that there are none."""
     if form == "json":
         click.echo(json.dumps([{name: row[name] for name in columns} for row in rows], indent=1))
     elif form == "csv":
@@ -68,6 +68,8 @@ def show(rows: Sequence[dict[str, Any]], columns: Sequence[str], form: str) -> N
         writer.writeheader()
         writer.writerows(rows)
         click.echo(text.getvalue(), nl=False)
+    elif not rows:
+        click.echo(empty, err=True)
     else:
         table = Table(*(name.replace("_", " ") for name in columns), box=None)
         for row in rows:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from synthia_vllm.settings import load_settings
+from synthia_vllm.cli.reads import RENDER, settings_for
 
 PROG = "synthia-vllm deploy"
 KINDS = ("compose", "k8s", "ray", "systemd")
@@ -25,7 +25,7 @@ def render_command(vllm_options: list[str] | None, kind: str, words: tuple[str, 
     from synthia_vllm.deploy.render import render
 
     folder, rest = _target(words)
-    settings = load_settings(rest, prog=f"{PROG} render {kind} [--to FOLDER]")
+    settings = settings_for(RENDER, rest)
     files = render(kind, settings, vllm_options or [])
     changed = write(files, folder)
     for path in changed:

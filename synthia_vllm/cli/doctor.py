@@ -13,8 +13,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from synthia_vllm.cli.reads import DOCTOR, settings_for
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import Settings, load_settings, refuse_gateways_options
+from synthia_vllm.settings import Settings, refuse_gateways_options
 
 State = Literal["ok", "slow", "stop"]
 # Measured: benchmarks/results/serving.json, `untuned / tuned`; a test compares.
@@ -41,7 +42,7 @@ class Finding:
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> None:
     """Look at this machine with the options that `serve` would get; exit code 1 if it would not start."""
-    settings = load_settings(words, prog="synthia-vllm doctor")
+    settings = settings_for(DOCTOR, words)
     refuse_gateways_options(settings, "synthia-vllm serve")
     findings = list(examine(settings))
     table = Table("", "", "", box=None, show_header=False)

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from synthia_vllm.cli.gateway import serve_before_engines
+from synthia_vllm.cli.reads import EXPORTER, settings_for
 from synthia_vllm.secret_urls import reveal
-from synthia_vllm.settings import Settings, load_settings
+from synthia_vllm.settings import Settings
 
 if TYPE_CHECKING:
     from synthia_vllm.gateway.access import Lookup
-
-PROG = "synthia-vllm exporter"
 
 
 @click.command(
@@ -27,7 +26,7 @@ PROG = "synthia-vllm exporter"
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> None:
     """One page of metrics for engines that run elsewhere, without a gateway in front of them."""
-    sys.exit(export(load_settings(words, prog=PROG)))
+    sys.exit(export(settings_for(EXPORTER, words)))
 
 
 def export(settings: Settings) -> int:

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from synthia_vllm.cli.reads import GATEWAY, settings_for
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import Settings, load_settings
+from synthia_vllm.settings import Settings
 from synthia_vllm.supervise import stop, supervise
 
 if TYPE_CHECKING:
     from synthia_vllm.engine.port import Capacity
     from synthia_vllm.gateway.app import Gateway
     from synthia_vllm.replicas.pool import ReplicaPool
-
-PROG = "synthia-vllm gateway"
 
 
 @click.command(
@@ -28,7 +27,7 @@ PROG = "synthia-vllm gateway"
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def command(words: tuple[str, ...]) -> None:
     """Keys, limits, fair sharing and the bill in front of engines that run elsewhere."""
-    sys.exit(gateway(load_settings(words, prog=PROG)))
+    sys.exit(gateway(settings_for(GATEWAY, words)))
 
 
 def gateway(settings: Settings) -> int:

@@ -129,7 +129,7 @@ def list_keys(form: str, database: str | None) -> None:
         rows.append({**users[key["user"]], **key, **times})
     columns = ["id", "user", "admin", "weight", "priority", "requests_per_minute", "tokens_per_minute"]
     columns += ["concurrent_requests", "tokens_per_month", "models", "created", "expires", "revoked"]
-    show(rows, columns, form)
+    show(rows, columns, form, "No keys yet; make one: synthia-vllm keys create --user NAME")
 
 
 @command.command("rotate")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from synthia_vllm.cli.reads import SERVE, settings_for
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import Settings, load_settings, refuse_gateways_options
+from synthia_vllm.settings import Settings, refuse_gateways_options
 
 if TYPE_CHECKING:
     from synthia_vllm.engine.server import Companion
@@ -27,7 +28,7 @@ PROG = "synthia-vllm serve"
 @click.pass_obj
 def command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
     """Serve the model on this machine."""
-    sys.exit(serve(load_settings(words, prog=PROG), vllm_options or []))
+    sys.exit(serve(settings_for(SERVE, words), vllm_options or []))
 
 
 def serve(settings: Settings, vllm_options: list[str], companion: "Companion | None" = None) -> int:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -106,9 +107,9 @@ def _charts(history: dict[str, Any]) -> RenderableType:
 
 
 def _replicas(replicas: list[dict[str, Any]]) -> RenderableType:
-    table = Table("replica", "state", title="Replicas", title_justify="left", expand=True)
-    for title in ("in flight", "running", "waiting", "KV use", "tokens/s in", "tokens/s out"):
-        table.add_column(title, justify="right")
+    table = _table("Replicas", "replica", "state")
+    for title in ("in flight", "running", "waiting", "KV use", "in, /s", "out, /s"):
+        table.add_column(title, justify="right", no_wrap=True)
     for replica in replicas:
         state = replica["state"] if replica["fresh"] or replica["state"] != "up" else "stale"
         use = replica["kv_use"]
@@ -126,23 +127,31 @@ def _replicas(replicas: list[dict[str, Any]]) -> RenderableType:
 
 
 def _users(users: list[dict[str, Any]]) -> RenderableType:
-    table = Table("user", title="Users", title_justify="left", expand=True)
-    for title in ("tokens in", "tokens out", "share", "in flight", "queued", "refused", "SLO met"):
-        table.add_column(title, justify="right")
+    table = _table("Users", "user")
+    for title in ("in", "out", "share", "in flight", "queued", "refused", "SLO met"):
+        table.add_column(title, justify="right", no_wrap=True)
     for user in users[:_USERS]:
         judged = user["slo_met"] + user["slo_missed"]
         table.add_row(
             user["user"],
-            _number(user["prompt_tokens"], 0),
-            _number(user["generation_tokens"], 0),
+            _short(user["prompt_tokens"]),
+            _short(user["generation_tokens"]),
             f"{user['share']:.1%}",
             str(user["in_flight"]),
             str(user["queued"]),
-            _number(user["refused"], 0),
+            _short(user["refused"]),
             f"{user['slo_met'] / judged:.1%}" if judged else "–",
         )
     if len(users) > _USERS:
         table.caption = f"and {len(users) - _USERS} more"
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """As wide as the terminal, 80 columns too: what is long, a name, goes on in a second line."""
+    table = Table(title=f"{title} (tokens)", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), expand=True)
+    for column in columns:
+        table.add_column(column, overflow="fold", min_width=8)
     return table
 
 
@@ -151,6 +160,14 @@ def spark(values: Sequence[float | None]) -> str:
     most = max((value for value in values if value is not None), default=0.0)
     steps = len(_BARS) - 1
     return "".join(" " if not value or not most else _BARS[max(1, round(value / most * steps))] for value in values)
+
+
+def _short(value: float) -> str:
+    """A count, from a million on in three digits: `1.23M`."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:,.0f}"
 
 
 def _number(value: float | None, digits: int) -> str:

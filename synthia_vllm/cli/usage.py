@@ -24,7 +24,9 @@ def command(user: str | None, since: str | None, until: str | None, by: str, for
     engine, _ = open_from(database, read_only=True)
     start, end = moment(since, "--since"), moment(until, "--until")
     rows = usage(engine, user=user, since=start, until=end, by=by)  # type: ignore[arg-type]
-    show([{by: row.name, **asdict(row)} for row in rows], [by, *_COLUMNS], form)
+    asked = " that match" if user or since or until else ": none has been served"
+    empty = f"No requests{asked} (database {engine.url.render_as_string()})"
+    show([{by: row.name, **asdict(row)} for row in rows], [by, *_COLUMNS], form, empty)
     for gap in gaps(engine, start, end):
         click.echo(
             f"A server ended without a word: what it served after {iso_time(gap.since)} may be missing. "

@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,22 @@ CPU_BATCHED_TOKENS = 256
 _CHOOSES_BATCH = ("--max-num-batched-tokens", "--max-num-seqs", "--no-enable-chunked-prefill")
 # Set in a process that started itself anew, so that it does so once even where the loader ignores LD_PRELOAD.
 _RESTARTED = "SYNTHIA_RESTARTED"
+
+# Options that vLLM's parser takes and that nothing here would heed, and what to use instead. Source: vLLM 0.29,
+# entrypoints/launchers/cli_args.py, FrontendArgs.
+OF_VLLMS_SERVER: Mapping[str, str] = {
+    "--(host|port|uds)": "give --host and --port before the --",
+    "--api-key": "--access.mode keys, and `synthia-vllm keys create`",
+    "--api-server-count": "`synthia-vllm cluster up --gateways N` starts several",
+    "--headless": "`synthia-vllm cluster up` starts engines on several machines",
+    "--(allowed-.*|allow-credentials)": "--cors-origins",
+    "--(ssl-.*|enable-ssl-refresh)": "TLS ends at a proxy in front, see docs/operations.md",
+    "--(root-path|middleware|h11-.*)": "a proxy in front, see docs/operations.md",
+    "--(uvicorn-log-level|disable-uvicorn-access-log|disable-access-log-for-endpoints|log-config-file)": "--log.…",
+    "--chat-template(-content-format)?": "the template is the card's; --prompt.… changes it",
+    "--lora-modules": "there is one model; leave it out",
+    "--(enable-auto-tool-choice|tool-.*)": "the card's format has no tools; leave it out",
+}
 
 
 @dataclass
@@ -67,8 +84,9 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (),
     """Decides everything about the engine before anything is loaded; `extra` are vLLM's own options, which win.
 
     Each of the pipeline's stages takes GPUs of a machine like this one. Raises SetupError where the model is missing,
-    is no Llama architecture, or does not fit.
+    is no Llama architecture, or does not fit, and where an option is of vLLM's server, which is not what runs here.
     """
+    _refuse_servers_options(extra)
     model, name = find_model(settings.model or default_model(machine))
     arguments = [
         *("--model", model),
@@ -126,6 +144,14 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (),
     taken = profile.arguments([*arguments, *extra]) if profile else []
     told = f"{profile.name}: {' '.join(taken) or 'nothing that was not given'}" if profile else None
     return EnginePlan(model, name, [*arguments, *taken, *extra], environment, told)
+
+
+def _refuse_servers_options(extra: Sequence[str]) -> None:
+    for word in extra:
+        name = word.partition("=")[0].replace("_", "-")
+        cure = next((cure for start, cure in OF_VLLMS_SERVER.items() if re.fullmatch(start, name)), None)
+        if cure:
+            raise SetupError(f"-- {name}: it is of vLLM's server, which is not what runs here: {cure}")
 
 
 def _cpu_arguments(settings: Settings, extra: Sequence[str]) -> list[str]:

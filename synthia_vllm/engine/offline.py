@@ -32,7 +32,9 @@ class Synthia:
         engine: EngineSettings | None = None,
         **options: Any,
     ) -> None:
-        settings = Settings(model=model, prompt=prompt or PromptSettings(), engine=engine or EngineSettings())
+        # What is not given is as the environment says, and a file that it names.
+        given: dict[str, Any] = {"model": model, "prompt": prompt, "engine": engine}
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})
         plan = plan_engine(settings, inspect_machine(), shlex.split(options.pop("vllm_arguments", "")))
         plan.apply_environment()
         self.settings = settings

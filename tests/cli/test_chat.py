@@ -54,7 +54,11 @@ def test_turns_are_appended_in_the_cards_form(tmp_path: Path) -> None:
     assert file.read_text() == '{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n'
 
 
-def test_a_missing_server_is_said_in_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(command, ["--url", "http://127.0.0.1:9", "--file", str(tmp_path / "c")], input="hi\n")
+@pytest.mark.parametrize("typed", ["hi\n", ""])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://127.0.0.1:9/", "nonsense", "http://[::1"])
+def test_a_missing_server_is_said_in_one_line_before_anything_is_typed(tmp_path: Path, url: str, typed: str) -> None:
+    result = CliRunner().invoke(command, ["--url", url, "--file", str(tmp_path / "c")], input=typed)
     assert result.exit_code == 1
+    assert result.output.startswith(f"synthia-vllm: there is no server at {url.rstrip('/')}; ")
     assert "synthia-vllm serve" in result.output
+    assert len(result.output.splitlines()) == 1

@@ -87,7 +87,7 @@ def test_an_option_of_the_gateway_is_refused_where_an_engine_would_load(words: l
     done = run(*words, *options)
     assert done.returncode == 2
     assert done.stderr.startswith(f"synthia-vllm: {options[0].replace('--no-', '--')}: ")
-    assert "use `synthia-vllm gateway`" in done.stderr
+    assert "`synthia-vllm gateway`" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["serve", "gateway", "exporter", "doctor"])

@@ -199,6 +199,9 @@ def test_usage_as_table_csv_and_json(run: Run, tmp_path: Path) -> None:
     ]
     (day,) = json.loads(run("usage", "--by", "day", "--format", "json", "--since", "24h").stdout)
     assert (day["requests"], day["refused"], day["generated_tokens"]) == (3, 0, 15)
+    none = run("usage", "--user", "bob")
+    assert (none.returncode, none.stdout) == (0, "")
+    assert none.stderr.startswith("No requests that match (database sqlite:///")
     assert json.loads(run("usage", "--user", "bob", "--format", "json").stdout) == []
     assert json.loads(run("usage", "--until", "24h", "--format", "json").stdout) == []
 
@@ -222,7 +225,8 @@ def test_usage_tells_of_a_gap_on_stderr(run: Run, tmp_path: Path) -> None:
     assert "may be missing. Under way then: 0 requests with 0 tokens, 0 at most." in done.stderr
     assert "missing" not in done.stdout
     future = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 2 * 86_400))
-    assert run("usage", "--since", future).stderr == ""
+    assert run("usage", "--since", future).stderr.startswith("No requests that match")
+    assert run("usage", "--since", future, "--format", "json").stderr == ""
 
 
 def test_a_models_name_is_text_and_not_markup(run: Run, tmp_path: Path) -> None:

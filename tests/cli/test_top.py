@@ -1,11 +1,13 @@
+import io
 from pathlib import Path
 
 import httpx
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from benchmarks.null_port import NullEnginePort
-from synthia_vllm.cli.top import TopError, command, spark
+from synthia_vllm.cli.top import TopError, _replicas, _users, command, spark
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import Settings
 from tests.gateway.live import serving
@@ -32,6 +34,28 @@ def test_it_shows_replicas_and_users_once_without_a_terminal(gateway: Gateway) -
         shown = top(port, "--key", admin)
     for word in ("local", "up", "alice", "1,234", "tokens/s", "100.0%"):
         assert word in shown
+
+
+LONG = "http://engine-7.synthia.example.com:8001#replica-3f9c2a"
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_names_are_whole_on_a_narrow_terminal(width: int) -> None:
+    replica = {"name": LONG, "state": "unproven", "fresh": True, "in_flight": 1000, "running": 256, "waiting": 1000}
+    rates = {"kv_use": 0.5, "prompt_per_s": 123456.7, "generation_per_s": 12345.6}
+    user = {"user": "u" * 60, "prompt_tokens": 1e9, "generation_tokens": 1e9, "share": 1.0, "in_flight": 1000}
+    user |= {"queued": 1000, "refused": 1e6, "slo_met": 1, "slo_missed": 1}
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(_replicas([replica | rates]))
+    console.print(_users([user]))
+    shown = console.export_text()
+    assert all(len(line) <= width for line in shown.splitlines())
+    assert "…" not in shown
+    for whole in ("in flight", "123,456.7", "12,345.6", "1G", "SLO met"):
+        assert whole in shown
+    first_cells = "".join(line.split()[0] for line in shown.splitlines() if line.strip())
+    assert LONG in first_cells
+    assert "u" * 60 in first_cells
 
 
 def test_it_says_what_it_needs(gateway: Gateway) -> None:

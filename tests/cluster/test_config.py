@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from synthia_vllm.cli.cluster import config_text, long_forms
+from synthia_vllm.cli.cluster import config_text
 from synthia_vllm.cluster.config import check_agreement, check_environment, ray_environment, serve_config
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import ClusterSettings, DeploySettings, Settings
@@ -119,8 +119,3 @@ def test_a_ray_without_its_environment_is_refused_by_name() -> None:
     check_environment(settings(), enough)
     with pytest.raises(SetupError, match=r"--cluster.max-generation-s 600 .* RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S 120"):
         check_environment(settings(), {**enough, "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "120"})
-
-
-def test_short_forms() -> None:
-    words = ["--replicas", "2", "--address=head:8265", "--port", "1"]
-    assert long_forms(words) == ["--cluster.replicas", "2", "--cluster.address=head:8265", "--port", "1"]

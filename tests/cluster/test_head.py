@@ -34,9 +34,12 @@ _APPLICATION = {
 
 
 class Nodes:
-    """Two Ray nodes, `head` and `staying`, whose processes are known by their environment."""
+    """Two Ray nodes, `head` and `staying`, whose processes are known by their environment.
 
-    def __init__(self, folder: Path, redis: RedisServer) -> None:
+    redis   keeps what the head knows; without one it forgets all when it ends
+    """
+
+    def __init__(self, folder: Path, redis: RedisServer | None) -> None:
         self._folder = folder
         self._redis = redis
         self.port, self._gcs, self._dashboard, *self._others = free_ports(16)
@@ -50,8 +53,11 @@ class Nodes:
     def start_staying(self) -> None:
         self._start("staying", 1, f"--address=127.0.0.1:{self._gcs}", "--num-cpus=1", '--resources={"staying": 1}')
 
+    def processes(self, node: str) -> list[psutil.Process]:
+        return [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self._mark(node)]
+
     def kill(self, node: str) -> None:
-        mine = [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self._mark(node)]
+        mine = self.processes(node)
         for process in mine:
             process.kill()
         psutil.wait_procs(mine, timeout=10)
@@ -76,16 +82,16 @@ class Nodes:
         folder.mkdir(exist_ok=True)
         ports = self._others[4 * number : 4 * number + 4]
         names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT")
-        durable = Settings(model="demo", deploy=DeploySettings(gcs_redis=f"127.0.0.1:{self._redis.port}"))
+        redis = f"127.0.0.1:{self._redis.port}" if self._redis else None
+        settings = Settings(model="demo", deploy=DeploySettings(gcs_redis=redis))
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SYNTHIA_"))},
-            **ray_environment(durable),
+            **ray_environment(settings),
             "RAY_AUTH_MODE": "disabled",  # else by whether this user has a token of another cluster
             _MARK: self._mark(node),
             "PYTHONPATH": str(_REPOSITORY),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # several nodes on the loopback address
-            "RAY_REDIS_ADDRESS": f"127.0.0.1:{self._redis.port}",
-            "RAY_external_storage_namespace": folder.parent.name,
+            **({"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": folder.parent.name} if redis else {}),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
@@ -112,9 +118,11 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(redis_server: RedisServer) -> Iterator[Nodes]:
+def nodes(redis_server: RedisServer, request: pytest.FixtureRequest) -> Iterator[Nodes]:
+    """With a Redis; without one for a test that is marked so by its parameter."""
+    durable = getattr(request, "param", True)
     with TemporaryDirectory(prefix="synthia-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # Ray wants it short
-        found = Nodes(Path(folder), redis_server)
+        found = Nodes(Path(folder), redis_server if durable else None)
         try:
             found.start_head()
             found.start_staying()
@@ -125,16 +133,34 @@ def nodes(redis_server: RedisServer) -> Iterator[Nodes]:
 
 
 def test_a_head_that_is_lost_finds_its_replicas_again(nodes: Nodes) -> None:
-    nodes.api.deploy(
-        {"http_options": {"host": "127.0.0.1", "port": nodes.port}, "applications": [_APPLICATION]},
-    )
-    until(nodes.answers, "the application answers", 120, pause=1)
-    (pid,) = nodes.replicas()
+    pid = _deployed(nodes)
     nodes.kill("head")
     assert _serves(pid), "its node has nobody to ask, and needs nobody"
     nodes.start_head()
     until(nodes.answers, "HAProxy lets clients in again", 120, pause=1)
     until(lambda: nodes.replicas() == [pid], "the controller has found the same replica", 60, pause=1)
+
+
+@pytest.mark.parametrize("nodes", [False], indirect=True)
+def test_a_head_that_is_lost_without_redis_takes_all_with_it(nodes: Nodes) -> None:
+    pid = _deployed(nodes)
+    nodes.kill("head")
+    until(lambda: not nodes.processes("staying"), "the other node has ended itself, its replica too", 150, pause=1)
+    assert not psutil.pid_exists(pid)
+    nodes.start_head()
+    assert nodes.replicas() == [], "it knows of nothing"
+    nodes.start_staying()
+    assert _deployed(nodes) != pid
+
+
+def _deployed(nodes: Nodes) -> int:
+    """The process of its one replica, which answers."""
+    nodes.api.deploy(
+        {"http_options": {"host": "127.0.0.1", "port": nodes.port}, "applications": [_APPLICATION]},
+    )
+    until(nodes.answers, "the application answers", 120, pause=1)
+    (pid,) = nodes.replicas()
+    return pid
 
 
 def _serves(pid: int) -> bool:

@@ -10,13 +10,13 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 SMALL = "engine: {max_model_len: 1024, kv_cache_gib: 0.5}\n"
-SCRIPT = """
-from synthia_vllm import Synthia
-from synthia_vllm.settings import EngineSettings
+EXAMPLE = Path(__file__).parents[2] / "examples" / "offline.py"
+SCRIPT = f"""
+import runpy
 
 if __name__ == "__main__":
-    synthia = Synthia("demo", engine=EngineSettings(max_model_len=1024, kv_cache_gib=0.5))
-    orca = [{"role": "user", "content": "What is an orca?"}]
+    synthia = runpy.run_path({str(EXAMPLE)!r}, run_name="__main__")["synthia"]
+    orca = [{{"role": "user", "content": "What is an orca?"}}]
     one = synthia.chat(orca, max_tokens=8)
     two = synthia.chat([orca, orca], system="tot", max_tokens=8)
     text = synthia.generate("USER: What is an orca?\\nASSISTANT:", max_tokens=8, ignore_eos=True)
@@ -47,7 +47,10 @@ def test_batch_runs_and_goes_on(tmp_path: Path) -> None:
     assert "6 done before" in again.stderr
 
 
-def test_synthia_in_python(tmp_path: Path) -> None:
+def test_synthia_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the example, as it is; then more, of the engine that it has started."""
+    monkeypatch.setenv("SYNTHIA_ENGINE__MAX_MODEL_LEN", "1024")
+    monkeypatch.setenv("SYNTHIA_ENGINE__KV_CACHE_GIB", "0.5")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)

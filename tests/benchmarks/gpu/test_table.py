@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +5,6 @@ import pytest
 from benchmarks.gpu.table import markdown, results
 from benchmarks.gpu.versions import judge
 from benchmarks.load.run_file import Measurement, Request, Roofline, Run, Server
-from synthia_vllm.engine.profiles import FOLDER, read_profile
 from synthia_vllm.errors import SetupError
 
 ROOT = Path(__file__).parents[3]
@@ -79,14 +77,6 @@ def test_the_table_has_what_was_measured_and_says_what_was_not(run: Run) -> None
     assert "| tokens/s, ours / vllm, at every number of streams, the least | ≥ 0.98 | 0.98 |" in text
     assert "| tokens/s, ours / card, 64 streams | ≥ 14 | not measured |" in text
     assert "| ours | 9.0 | 1.0 | 3.0 |" in text
-
-
-def test_the_docs_have_the_tables_of_what_was_measured() -> None:
-    docs = (ROOT / "docs" / "gpu.md").read_text()
-    results = ROOT / "benchmarks" / "results" / "gpu"
-    assert markdown(json.loads((results / "h100.json").read_text())) in docs
-    profile = read_profile(FOLDER / "h200-11b.yaml")
-    assert markdown(json.loads((results / "h200.json").read_text()), profile.model_dump()) in docs
 
 
 def test_the_api_process_is_told_a_token(run: Run) -> None:

@@ -1,0 +1,135 @@
+"""Writes the figures of `benchmarks/results` into the documents that quote them: `python -m benchmarks.measured`.
+
+A document has a table between `<!-- measured: NAME -->` and `<!-- end -->`. With --check nothing is written, and the
+exit code is 1 where a document is not what the results say.
+"""
+
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import cache_sharing, chaos, cluster, cost, eval_agreement, eval_speed, exporter, fairness, serving
+from benchmarks.gpu import table as gpu
+from benchmarks.load import quoted
+from benchmarks.load.run_file import read
+from benchmarks.load.summary import Summary
+from synthia_vllm.engine.profiles import FOLDER, read_profile
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+GAIN = "gain over vLLM's defaults"
+_MARKED = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def headline() -> str:
+    """The README's: a figure a row, and the command that measured it."""
+    run = Summary(read(RESULTS / "full.json.gz"))
+    load = next(load for load in run.loads("closed") if load.streams == 64)
+    card, default = (run.ratio("ours", theirs, load) for theirs in ("card", "vllm-default"))
+    assert card is not None
+    assert default is not None
+    full = "synthia-vllm bench run --profile full"
+    process = result("api_process")["ratios"]["processor, µs a token: ours / vllm"]["median"]
+    h200, profile = result("gpu/h200")["ratios"], read_profile(FOLDER / "h200-11b.yaml")
+    killed, fair = result("chaos")["scenarios"]["null"]["summary"], result("fairness")["summary"]
+    light = {name: fair[f"light user, long prompts: p95 TTFT beside / alone, {name}"] for name in ("vtc", "fcfs")}
+    rows = [
+        ("tokens/s at 64 streams / the card's script", f"{card.value:.1f}", full),
+        ("the same / vLLM's server as it starts by default, in eager mode", f"{default.value:.2f}", full),
+        (
+            "processor time a streamed token of the API process / vLLM's",
+            f"{process:.2f}",
+            "python -m benchmarks.api_process",
+        ),
+        (
+            "tokens/s at 256 streams / vLLM's server with the same options, 11B on one H200",
+            f"{h200['ours / vllm, 256 streams']:.2f}",
+            "python -m benchmarks.gpu",
+        ),
+        (
+            "rate at which p99 TTFT 450 ms and p99 ITL 40 ms hold / vLLM's defaults, the same H200",
+            f"{profile.measured[GAIN]:.1f}",
+            "python -m benchmarks.gpu tune",
+        ),
+        (
+            f"broken streams of {killed['streams']:,} under {killed['kills']} `kill -9` of a replica",
+            f"{killed['broken streams']}",
+            "python -m benchmarks.chaos",
+        ),
+        (
+            "p95 TTFT of a light user beside a heavy one / alone, first come first served in brackets",
+            f"{light['vtc']:.2f} ({light['fcfs']:.0f})",
+            "python -m benchmarks.fairness",
+        ),
+    ]
+    lines = [f"| {figure} | {value} | `{command}` |" for figure, value, command in rows]
+    smg = result("gateways")["ratios"]["processor, µs a token: ours / smg"]["median"]
+    short = fair["light user, short prompts: p95 TTFT beside / alone, vtc"]
+    behind = (
+        f"Where it is behind: the gateway alone takes {smg:.1f} times the processor of the fastest other one, in Rust; "
+        f"a light user's short prompts wait {short:.1f} times as long beside a heavy one; at 1 stream on the H200 ours "
+        f"made {h200['ours / vllm, 1 streams']:.3f} of vLLM's tokens/s."
+    )
+    return "\n".join(["| | | measured by |", "|---|---:|---|", *lines, "", *textwrap.wrap(behind, 120)])
+
+
+def processes() -> str:
+    """Ratios of the API process and of the gateway, each within a run."""
+    lines = ["| figure, in one run | median | least | greatest |", "|---|---:|---:|---:|"]
+    for name in ("api_process", "gateways"):
+        for figure, found in result(name)["ratios"].items():
+            lines.append(f"| {figure} | {found['median']} | {found['least']} | {found['greatest']} |")
+    return "\n".join(lines)
+
+
+def _page(module: Any) -> Callable[[], str]:
+    def made() -> str:
+        text: str = module.markdown(result(module.__name__.rpartition(".")[2]))
+        return text
+
+    return made
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "headline": headline,
+    "processes": processes,
+    "full": lambda: quoted.markdown(read(RESULTS / "full.json.gz")),
+    "gpu-h100": lambda: gpu.markdown(result("gpu/h100")),
+    "gpu-h200": lambda: gpu.markdown(result("gpu/h200"), read_profile(FOLDER / "h200-11b.yaml").model_dump()),
+    **{
+        module.__name__.rpartition(".")[2]: _page(module)
+        for module in (cache_sharing, chaos, cluster, cost, eval_agreement, eval_speed, exporter, fairness, serving)
+    },
+}
+
+
+def filled(page: str) -> str:
+    """A document with its tables as the results have them. Raises KeyError for a table that there is not."""
+    return _MARKED.sub(lambda found: f"{found[1]}{TABLES[found[2]]().strip()}\n{found[3]}", page)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing; exit code 1 where a document differs.")
+def main(check: bool) -> None:
+    """Write the tables of README and docs from benchmarks/results."""
+    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
+    for page in stale:
+        click.echo(f"{page.relative_to(ROOT)}{': differs from the results' if check else ''}")
+        if not check:
+            page.write_text(filled(page.read_text()))
+    sys.exit(1 if stale and check else 0)
+
+
+if __name__ == "__main__":
+    main()
