@@ -64,8 +64,8 @@ def headline() -> str:
             "python -m benchmarks.gpu tune",
         ),
         (
-            f"broken streams under `kill -9` of replicas: of {real['streams']:,} on two real ones; of {null['streams']:,} on "
-            "16 stand-ins",
+            f"broken streams under `kill -9` of replicas: of {real['streams']:,} on two real ones; "
+            f"of {null['streams']:,} on 16 stand-ins",
             f"{real['broken streams']}; {null['broken streams']}",
             "python -m benchmarks.chaos",
         ),
