@@ -86,13 +86,17 @@ def headline() -> str:
     return "\n".join(["| | | measured by |", "|---|---:|---|", *lines, "", *textwrap.wrap(behind, 120)])
 
 
-def processes() -> str:
-    """Ratios of the API process and of the gateway, each within a run."""
-    lines = ["| figure, in one run | median | least | greatest |", "|---|---:|---:|---:|"]
-    for name in ("api_process", "gateways"):
-        for figure, found in result(name)["ratios"].items():
-            lines.append(f"| {figure} | {found['median']} | {found['least']} | {found['greatest']} |")
-    return "\n".join(lines)
+def ratios(*names: str) -> Callable[[], str]:
+    """The ratios of runs, each within a run."""
+
+    def made() -> str:
+        lines = ["| figure, in one run | median | least | greatest |", "|---|---:|---:|---:|"]
+        for name in names:
+            for figure, found in result(name)["ratios"].items():
+                lines.append(f"| {figure} | {found['median']} | {found['least']} | {found['greatest']} |")
+        return "\n".join(lines)
+
+    return made
 
 
 def _page(module: Any) -> Callable[[], str]:
@@ -105,7 +109,8 @@ def _page(module: Any) -> Callable[[], str]:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
-    "processes": processes,
+    "processes": ratios("api_process", "gateways"),
+    "open_connections": ratios("open_connections"),
     "full": lambda: quoted.markdown(read(RESULTS / "full.json.gz")),
     "gpu-h100": lambda: gpu.markdown(result("gpu/h100")),
     "gpu-h200": lambda: gpu.markdown(result("gpu/h200"), read_profile(FOLDER / "h200-11b.yaml").model_dump()),

@@ -41,7 +41,10 @@ def test_the_command_writes_what_differs_and_says_so(tmp_path: Path, monkeypatch
     checked = CliRunner().invoke(measured.main, ["--check"])
     assert (checked.exit_code, "page.md" in checked.output, "| old |" in page.read_text()) == (1, True, True)
     assert CliRunner().invoke(measured.main, []).exit_code == 0
-    assert page.read_text() == f"before\n<!-- measured: processes -->\n{measured.processes()}\n<!-- end -->\nafter\n"
+    assert (
+        page.read_text()
+        == f"before\n<!-- measured: processes -->\n{measured.TABLES['processes']()}\n<!-- end -->\nafter\n"
+    )
     assert CliRunner().invoke(measured.main, ["--check"]).exit_code == 0
 
 
