@@ -1,9 +1,10 @@
 """Two runs side by side, and whether the new one is worse than noise explains.
 
 The rule: of each server, load and metric that both runs have, the ratio new / old of the medians over the rounds, with
-its 95 % bootstrap interval. It is a regression where the whole interval lies on the bad side of 1, by more than the
-tolerance. Where a side has one round only there is no interval, and the ratio must be off by `LONE` tolerances. The
-share of failed requests is a regression where it grows by more than `FAILURES`.
+the ends of what it may be (`estimates.unpaired_ratio`). It is a regression where all of that lies on the bad side of 1,
+by more than the tolerance; with fewer than four rounds on a side by `FEW` tolerances, since three rounds lie all on one
+side of three others in a tenth of the cases; with one, by `LONE`. The share of failed requests is a regression where it
+grows by more than `FAILURES`. Of a run held against itself, less than 1 % of the figures are told as changed.
 """
 
 import sys
@@ -22,7 +23,8 @@ from benchmarks.load.run_file import Run, read
 from benchmarks.load.summary import METRICS, Load, Summary
 
 TOLERANCE = 0.05
-LONE = 5
+LONE, FEW = 5, 3
+_FEW_ROUNDS = 4
 FAILURES = 0.01
 Verdict = Literal["same", "better", "worse"]
 
@@ -122,6 +124,7 @@ def verdict(ratio: Estimate, higher_is_better: bool, tolerance: float) -> Verdic
         tolerance = min(LONE * tolerance, 0.9)
     else:
         low, high = ratio.low, ratio.high
+        tolerance *= FEW if ratio.rounds < _FEW_ROUNDS else 1
     # Below and above by the same factor, so that which run is called old makes no difference.
     if high < 1 / (1 + tolerance):
         return "worse" if higher_is_better else "better"
@@ -176,8 +179,8 @@ def _differences(old: Run, new: Run) -> list[str]:
 def command(old: Path, new: Path, tolerance: float, everything: bool) -> None:
     """Hold a run against an older one. Exits with 1 where it is worse by more than noise and tolerance explain.
 
-    OLD and NEW are JSON files of `bench run`. A figure is worse where the 95 % interval of new / old lies beyond
-    1 + tolerance on the bad side; with one round on a side there is no interval, and five tolerances are allowed.
+    OLD and NEW are JSON files of `bench run`. A figure is worse where all that new / old may be lies beyond
+    1 + tolerance on the bad side; with two or three rounds on a side beyond three tolerances, with one beyond five.
     """
     try:
         comparison = compare(read(old), read(new), tolerance)

@@ -1,20 +1,29 @@
-"""Medians over rounds and how sure they are: percentile bootstrap (Efron, 1979)."""
+"""Medians over rounds and how sure they are, without assuming how figures are distributed.
+
+From six rounds on: the interval between two order statistics that holds the true median in 95 % of the cases or more,
+whatever the distribution (the sign test's; Conover, Practical Nonparametric Statistics, 3.2). Fewer rounds can't say so
+much, and a bootstrap of theirs says too much (of three to five its "95 %" held 50 to 75 %): the least and the greatest
+are told, and are called that.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
 
 Sample = NDArray[np.float64]
-_RESAMPLES = 4000
-_CONFIDENCE = 95.0
-_SEED = 6  # the same file always gives the same report
+ENOUGH = 6  # rounds for an interval: with five the least and the greatest hold the median in 93.75 %
+_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A median over `rounds` and its 95 % interval. One round has no interval: `low` and `high` are None."""
+    """A median over `rounds`, and the ends of what it may be; None of one round.
+
+    They are those of a 95 % interval from `ENOUGH` rounds on, and else the least and the greatest.
+    """
 
     value: float
     low: float | None
@@ -22,9 +31,11 @@ class Estimate:
     rounds: int
 
     def text(self, digits: int = 2) -> str:
+        """`1.38 [1.31, 1.43]`, of few rounds `1.38 (1.31 to 1.43)`, of one `1.38`."""
         if self.low is None or self.high is None:
             return f"{self.value:.{digits}f}"
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        low, high = f"{self.low:.{digits}f}", f"{self.high:.{digits}f}"
+        return f"{self.value:.{digits}f} " + (f"[{low}, {high}]" if self.rounds >= ENOUGH else f"({low} to {high})")
 
 
 def median(values: Sequence[float]) -> Estimate | None:
@@ -32,7 +43,8 @@ def median(values: Sequence[float]) -> Estimate | None:
     sample = _finite(values)
     if not len(sample):
         return None
-    return _estimate(float(np.median(sample)), _medians(sample), len(sample))
+    low, high = _ends(sample, _CONFIDENCE) if len(sample) > 1 else (None, None)
+    return Estimate(float(np.median(sample)), low, high, len(sample))
 
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Estimate | None:
@@ -41,14 +53,21 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Estimate | N
 
 
 def unpaired_ratio(new: Sequence[float], old: Sequence[float]) -> Estimate | None:
-    """Ratio of the medians of two runs, whose rounds have nothing to do with each other."""
+    """Ratio of the medians of two runs, whose rounds have nothing to do with each other.
+
+    Each median is within its ends in 97.5 % of the cases, so that both are in 95 %.
+    """
     one, other = _finite(new), _finite(old)
     if not len(one) or not len(other) or not np.median(other):
         return None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = _medians(one, _SEED) / _medians(other, _SEED + 1)
-    value = float(np.median(one) / np.median(other))
-    return _estimate(value, ratios[np.isfinite(ratios)], min(len(one), len(other)))
+    value, rounds = float(np.median(one) / np.median(other)), min(len(one), len(other))
+    if rounds < 2:
+        return Estimate(value, None, None, rounds)
+    both = (1 + _CONFIDENCE) / 2
+    (new_low, new_high), (old_low, old_high) = _ends(one, both), _ends(other, both)
+    if old_low <= 0:
+        return Estimate(value, None, None, rounds)
+    return Estimate(value, new_low / old_high, new_high / old_low, rounds)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -70,14 +89,11 @@ def _finite(values: Sequence[float]) -> Sample:
     return sample
 
 
-def _medians(sample: Sample, seed: int = _SEED) -> Sample:
-    picks = np.random.default_rng(seed).integers(0, len(sample), (_RESAMPLES, len(sample)))
-    return np.median(sample[picks], axis=1)  # type: ignore[no-any-return]
-
-
-def _estimate(value: float, resampled: Sample, rounds: int) -> Estimate:
-    if rounds < 2 or not len(resampled):
-        return Estimate(value, None, None, rounds)
-    tail = (100 - _CONFIDENCE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return Estimate(value, float(low), float(high), rounds)
+def _ends(sample: Sample, confidence: float) -> tuple[float, float]:
+    """The innermost order statistics that hold the median so often, or the outermost there are."""
+    ordered, count = np.sort(sample), len(sample)
+    place, outside = 0, 1 / 2**count  # of the chance that the median is beyond one end
+    while place + 1 < count // 2 and 1 - 2 * (outside + comb(count, place + 1) / 2**count) >= confidence:
+        place += 1
+        outside += comb(count, place) / 2**count
+    return float(ordered[place]), float(ordered[-1 - place])

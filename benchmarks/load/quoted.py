@@ -25,14 +25,18 @@ PAIRS = (
 
 
 def markdown(run: Run) -> str:
-    """Medians over the rounds, and ratios taken round by round with their 95 % intervals."""
+    """Medians over the rounds, and ratios taken round by round, with what they may be."""
     summary = Summary(run)
     loads = {load.streams: load for load in summary.loads("closed") if load.family == "closed loop"}
     lines = [f"| tokens/s, streams: | {' | '.join(map(str, loads))} |", "|---|" + "---|" * len(loads)]
     for server in summary.servers():
         found = [summary.estimate(server, load, "output_throughput") for load in loads.values()]
         lines.append(f"| `{server}` | {' | '.join(f'{one.value:.0f}' if one else '' for one in found)} |")
-    lines += ["", "| tokens/s, in one run | ratio [95 % interval] |", "|---|---|"]
+    lines += [
+        "",
+        "| tokens/s, in one run | ratio (least to greatest; from six rounds on [95 % interval]) |",
+        "|---|---|",
+    ]
     for ours, theirs, streams in PAIRS:
         ratio = summary.ratio(ours, theirs, loads[streams]) if streams in loads else None
         if ratio is not None:

@@ -67,7 +67,7 @@ def _figures(summary: Summary) -> Table:
 
 
 def _ratios(summary: Summary) -> Table:
-    table = Table("tokens/s", "load", "ratio, 95 % interval", title="pair by pair within each round")
+    table = Table("tokens/s", "load", "ratio", title="pair by pair within each round")
     for ours, members in zip(_OURS, GROUPS.values(), strict=True):
         for load in summary.loads("closed"):
             for theirs in members[:-1]:
