@@ -37,7 +37,9 @@ class Pictures:
             plot = Plot(f"throughput-{nth}", f"Throughput against streams: {family}", "")
             plot.columns = ("server", *(f"{load.streams}" for load in loads))
             servers = self._with(loads)
-            with drawing(plot, x="streams at once", y="output tokens a second; bars: 95 % interval, of few rounds the range") as axes:
+            with drawing(
+                plot, x="streams at once", y="output tokens a second; bars: 95 % interval, of few rounds the range"
+            ) as axes:
                 for server in servers:
                     found = {x.streams or 0: self.summary.estimate(server, x, "output_throughput") for x in loads}
                     known = {streams: value for streams, value in found.items() if value is not None}
