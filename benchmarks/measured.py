@@ -99,6 +99,27 @@ def ratios(*names: str) -> Callable[[], str]:
     return made
 
 
+def soak() -> str:
+    """What an hour of all kinds of users came to."""
+    found = result("soak")
+    answers = sum(sum(told.values()) for told in found["answers"].values())
+    rows = [
+        ("minutes of load", f"{found['minutes']:g}"),
+        ("answers", f"{answers:,}"),
+        ("of them, of a kind that may not be", f"{sum(found['unexpected answers'].values())}"),
+        ("times that a store was stopped, started or stood still", f"{sum(found['faults'].values())}"),
+    ]
+    for name, one in found["processes"].items():
+        slope, margin = one["anonymous, an hour"], one["anonymous, an hour, 95 %"]
+        rows.append((f"{name}: MB allocated, more an hour", f"{slope} ± {margin}"))
+    for what in ("generated", "prompt"):
+        rows.append(
+            (f"{what} tokens counted and not accounted for", f"{found['bill'][f'{what}: counted, not accounted for']}")
+        )
+    rows.append(("promises missed", "; ".join(found["missed"]) or "none"))
+    return "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
 def _page(module: Any) -> Callable[[], str]:
     def made() -> str:
         text: str = module.markdown(result(module.__name__.rpartition(".")[2]))
@@ -111,6 +132,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "processes": ratios("api_process", "gateways"),
     "open_connections": ratios("open_connections"),
+    "soak": soak,
     "full": lambda: quoted.markdown(read(RESULTS / "full.json.gz")),
     "gpu-h100": lambda: gpu.markdown(result("gpu/h100")),
     "gpu-h200": lambda: gpu.markdown(result("gpu/h200"), read_profile(FOLDER / "h200-11b.yaml").model_dump()),
