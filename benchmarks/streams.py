@@ -132,13 +132,16 @@ async def load(port: int, clients: Sequence[Iterable[bytes]], *, spread: float =
             finally:
                 stream.close()
 
+    broken: BaseException | None = None
     began = time.perf_counter()
     try:
         async with asyncio.timeout(_TIMEOUT_S), asyncio.TaskGroup() as tasks:
             for number, requests in enumerate(clients):
                 tasks.create_task(client(number, requests))
-    except* (StreamBroken, OSError, TimeoutError) as broken:
-        raise click.ClickException(f"port {port}: {broken.exceptions[0]!r}") from None
+    except* (StreamBroken, OSError, TimeoutError) as group:
+        broken = group.exceptions[0]  # not raised here: Python 3.11.2 would make a group of it
+    if broken is not None:
+        raise click.ClickException(f"port {port}: {broken!r}")
     total.seconds = time.perf_counter() - began
     return total
 

@@ -62,10 +62,10 @@ def command(
 
     # A local server needs no proxy, no retries of half-said replies.
     url = url.rstrip("/")
-    client = OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=600)
     if not answers(url):
         click.echo(f"synthia-vllm: {_nobody(url)}", err=True)
         sys.exit(1)
+    client = OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=600)
     conversation = Conversation(SYSTEM_PROMPTS.get(system, system) if system else None)
     options = {"model": model, **({"max_tokens": max_tokens} if max_tokens else {})}
     for line in _lines():
