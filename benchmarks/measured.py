@@ -24,7 +24,6 @@ from synthia_vllm.engine.profiles import FOLDER, read_profile
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-GAIN = "gain over vLLM's defaults"
 _MARKED = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -60,7 +59,7 @@ def headline() -> str:
         ),
         (
             "rate at which p99 TTFT 450 ms and p99 ITL 40 ms hold / vLLM's defaults, the same H200",
-            f"{profile.measured[GAIN]:.1f}",
+            f"{profile.measured[gpu.GAIN]:.1f}",
             "python -m benchmarks.gpu tune",
         ),
         (
@@ -152,11 +151,12 @@ def filled(page: str) -> str:
 @click.option("--check", is_flag=True, help="Write nothing; exit code 1 where a document differs.")
 def main(check: bool) -> None:
     """Write the tables of README and docs from benchmarks/results."""
-    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
-    for page in stale:
+    texts = {page: page.read_text() for page in PAGES}
+    stale = {page: new for page, text in texts.items() if (new := filled(text)) != text}
+    for page, new in stale.items():
         click.echo(f"{page.relative_to(ROOT)}{': differs from the results' if check else ''}")
         if not check:
-            page.write_text(filled(page.read_text()))
+            page.write_text(new)
     sys.exit(1 if stale and check else 0)
 
 

@@ -10,12 +10,12 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from benchmarks.gpu.goodput import Objective, goodput
 from benchmarks.gpu.search import Found, Options, Trial
 from benchmarks.gpu.servers import DUMMY, FP8, Bench, Fleet, Variant
-from benchmarks.gpu.tune import profile_of
+from benchmarks.gpu.tune import held_against_defaults, profile_of
 from benchmarks.load.clients import Clients, client_processes
 from benchmarks.load.interleaving import rotated, warm_up
 from benchmarks.load.measuring import Terms
@@ -112,7 +112,7 @@ def _best(candidates: Sequence[Options], found: Mapping[str, Sequence[float]]) -
     for number, options in enumerate(candidates):
         suffix = "-fp8" if options.get("quantization") else ""
         rates = found.get(f"candidate-{number}")
-        if rates and (suffix not in best or _mean(rates) > _mean(found[f"candidate-{best[suffix]}"])):
+        if rates and (suffix not in best or fmean(rates) > fmean(found[f"candidate-{best[suffix]}"])):
             best[suffix] = number
     return best
 
@@ -133,15 +133,5 @@ def _write(
         ratios = [round(ours / theirs, 4) for theirs, ours in pairs if theirs]
         trials.append(Trial("options", dict(options), pairs, ratios, other == number))
     profile = profile_of(bench, objective, Found(dict(candidates[number]), trials), file.stem)
-    mine = trials[number]
-    told: dict[str, Any] = {"defaults, profile": [list(pair) for pair in mine.pairs]}
-    if mine.ratios:
-        told["gain over vLLM's defaults"] = sorted(mine.ratios)[len(mine.ratios) // 2]
-    profile = profile.model_copy(update={"measured": {**profile.measured, **told}})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_profile(profile, file)
-    say(f"written: {file.name}: {profile.options}: {told}")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    write_profile(held_against_defaults(profile, trials[number].pairs), file)
+    say(f"written: {file.name}: {trials[number]}")

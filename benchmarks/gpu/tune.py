@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.gpu.goodput import Objective, goodput
 from benchmarks.gpu.search import Found, Options, Trial, search
 from benchmarks.gpu.servers import DUMMY, Bench, Variant, serving
+from benchmarks.gpu.table import GAIN
 from benchmarks.load.interleaving import warm_up
 from benchmarks.load.measuring import Terms
 from benchmarks.load.peers import Say, Up
@@ -73,9 +74,7 @@ def tune(tuner: Tuner, knobs: Mapping[str, Sequence[Any]], file: Path) -> Profil
     profile = profile_of(tuner.bench, tuner.objective, found, file.stem)
     pairs = tuner.against_defaults(found.options)
     if pairs:
-        gains = sorted(ours / theirs for theirs, ours in pairs if theirs)
-        told = {"gain over vLLM's defaults": round(gains[len(gains) // 2], 3)} if gains else {}
-        profile = profile.model_copy(update={"measured": {**profile.measured, **told, "defaults, profile": pairs}})
+        profile = held_against_defaults(profile, pairs)
     write_profile(profile, file)
     return profile
 
@@ -95,6 +94,14 @@ def profile_of(bench: Bench, objective: Objective, found: Found, name: str) -> P
             "trials": [str(trial) for trial in found.trials],
         },
     )
+
+
+def held_against_defaults(profile: Profile, pairs: Sequence[tuple[float, float]]) -> Profile:
+    """The profile with what was measured: the goodput of vLLM's defaults and its own, pair by pair, and the gain."""
+    gains = sorted(ours / theirs for theirs, ours in pairs if theirs)
+    told = {GAIN: round(gains[len(gains) // 2], 3)} if gains else {}
+    measured = {**profile.measured, **told, "defaults, profile": [list(pair) for pair in pairs]}
+    return profile.model_copy(update={"measured": measured})
 
 
 def profile_name(bench: Bench, geometry: str) -> str:
