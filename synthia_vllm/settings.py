@@ -452,7 +452,6 @@ class Settings(BaseSettings):
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        cli_prog_name="synthia-vllm serve",
         protected_namespaces=(),
         hide_input_in_errors=True,
     )
@@ -598,7 +597,7 @@ def refuse_gateways_options(settings: Settings, prog: str) -> None:
             )
 
 
-def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve") -> Settings:
+def load_settings(argv: Sequence[str] = ()) -> Settings:
     """The settings from all sources; `argv` is a command line without the command's name.
 
     Raises SetupError that names the option, its value and what would be right.
@@ -611,7 +610,7 @@ def load_settings(argv: Sequence[str] = (), *, prog: str = "synthia-vllm serve")
         raise SetupError(f"{SECRETS_VARIABLE} {secrets}: there is no such folder; it holds one file a secret")
     try:
         source: CliSettingsSource[Settings] = CliSettingsSource(
-            Settings, cli_prog_name=prog, cli_parse_args=list(argv), cli_exit_on_error=False, parse_args_method=_parse
+            Settings, cli_parse_args=list(argv), cli_exit_on_error=False, parse_args_method=_parse
         )
         return Settings(_cli_settings_source=source)  # type: ignore[call-arg]
     except ValidationError as error:

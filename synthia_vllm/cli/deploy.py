@@ -6,7 +6,6 @@ import click
 
 from synthia_vllm.cli.reads import RENDER, settings_for
 
-PROG = "synthia-vllm deploy"
 KINDS = ("compose", "k8s", "ray", "systemd")
 
 

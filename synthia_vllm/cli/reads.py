@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import click
 
+from synthia_vllm.cli.settings_help import help_text
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings, field_of, load_settings, option_of, path_of
 
@@ -125,15 +126,13 @@ def settings_for(reads: Reads, words: Sequence[str]) -> Settings:
 
     Raises SetupError for an option that the command does not read, with the command that does.
     """
-    from synthia_vllm.cli.settings_help import help_text
-
     if {"-h", "--help", "--help-all"} & set(words):
         click.echo(help_text(reads, everything="--help-all" in words))
         sys.exit(0)
     words = list(_long_forms(words, dict(reads.short)))
     if refused := [_refusal(reads, path) for path in dict.fromkeys(_given(words)) if not reads.has(path)]:
         raise SetupError("\n".join(refused))
-    return load_settings(words, prog=reads.prog)
+    return load_settings(words)
 
 
 def _long_forms(words: Sequence[str], short: dict[str, str]) -> Iterator[str]:

@@ -24,4 +24,4 @@ def test_a_url_that_is_none_is_told(command: str, url: str) -> None:
     ],
 )
 def test_who_finds_no_engine_waits_as_long_as_in_the_queue(words: list[str], seconds: float) -> None:
-    assert _pool(load_settings(words, prog="synthia-vllm gateway")).settings.start_wait_s == seconds
+    assert _pool(load_settings(words)).settings.start_wait_s == seconds
