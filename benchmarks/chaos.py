@@ -44,8 +44,9 @@ from benchmarks.gateway_figures import resumes
 from benchmarks.null_tokenizer import write as write_tokenizer
 from benchmarks.replica_set import ReplicaSet
 from benchmarks.serving import machine
-from benchmarks.streams import free_port, wait_for
+from benchmarks.streams import wait_for
 from synthia_vllm import __version__
+from synthia_vllm.free_ports import free_port
 
 TOKENS = (40, 120)  # of a stream, drawn
 _OPENED_PER_S = 200

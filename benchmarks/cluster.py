@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from synthia_vllm.cluster.planning import plan_replica
 from synthia_vllm.cluster.rest import ServeApi
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.hardware import inspect_machine
+from synthia_vllm.free_ports import free_port
 from synthia_vllm.settings import Settings, load_settings
 
 LOAD = LOADS[0]  # completions, 64 streams
@@ -87,9 +87,7 @@ def main(model: str, replicas: int, rounds: int, output: Path) -> None:
 @contextlib.contextmanager
 def running(words: list[str], console: Console) -> Iterator[tuple[int, float]]:
     """A cluster while it is needed; yields its port and how long it took to come up."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     try:
         up([*words, "--port", str(port)])

@@ -33,8 +33,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from benchmarks.cost import server
 from benchmarks.null_port import NullEnginePort
 from benchmarks.serving import machine
-from benchmarks.streams import COMPLETIONS, free_port, port_of, wait_for
+from benchmarks.streams import COMPLETIONS, port_of, wait_for
 from synthia_vllm import __version__
+from synthia_vllm.free_ports import free_port
 from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.apis import Apis

@@ -28,7 +28,8 @@ from benchmarks import rounds as interleaved
 from benchmarks.load.processes import RunningServer, running
 from benchmarks.null_tokenizer import write
 from benchmarks.serving import machine
-from benchmarks.streams import chat, free_port, load, port_of, processor_seconds
+from benchmarks.streams import chat, load, port_of, processor_seconds
+from synthia_vllm.free_ports import free_port
 
 COST, TTFT, LATE, MEMORY = "processor, µs a token", "TTFT p50, ms", "TTFT p99, ms", "memory, MB"
 PAIRS = (("ours", "smg"),)

@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from synthia_vllm.free_ports import free_port
+
 _START_TIMEOUT_S = 60.0
 _ROOT = Path(__file__).parent.parent
 
@@ -77,7 +79,7 @@ class ReplicaSet:
     def __enter__(self) -> "ReplicaSet":
         try:
             for _ in range(self._count):
-                self._start(_free_port())
+                self._start(free_port())
         except BaseException:
             self.close()
             raise
@@ -132,7 +134,7 @@ class ReplicaSet:
     def add(self) -> str:
         """One more, of a new name."""
         self._count += 1
-        self._start(_free_port())
+        self._start(free_port())
         return self.replicas[-1].name
 
     def retired(self) -> list[Replica]:
@@ -158,7 +160,7 @@ class ReplicaSet:
                 replica.listening = replica.listening or (not replica.retired and _listens(replica))
             elif self._restart_s is not None and not replica.replaced and now - replica.died >= self._restart_s:
                 replica.replaced = True
-                self._start(replica.port if self._keep_ports else _free_port())
+                self._start(replica.port if self._keep_ports else free_port())
         self.replicas = [replica for replica in self.replicas if not self._forgotten(replica, now)]
 
     def memory_mib(self) -> list[float]:
@@ -205,9 +207,3 @@ def _listens(replica: Replica) -> bool:
     with suppress(OSError), socket.create_connection((replica.host, replica.port), 0.2):
         return True
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

@@ -26,6 +26,7 @@ from benchmarks.disruption_load import Clients, Request, figures
 from synthia_vllm.cluster import local
 from synthia_vllm.cluster.config import ENGINE, GATEWAY, ray_environment
 from synthia_vllm.cluster.rest import ReplicaStatus, ServeApi, applications
+from synthia_vllm.free_ports import free_ports
 from synthia_vllm.settings import Settings
 
 _NAMESPACE, _HERE, _THERE = "synthia-node", "synthia0", "synthia1"  # interfaces: 15 characters at most
@@ -72,7 +73,7 @@ class Nodes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._gcs, self._dashboard, client, self._http, self._agent, *self._ports = local.free_ports(9)
+        self._gcs, self._dashboard, client, self._http, self._agent, *self._ports = free_ports(9)
         self.url = f"http://{_FIRST}:{self._http}"
         token = folder / "token"
         token.write_text(token_hex(32))

@@ -15,7 +15,7 @@ import psutil
 import psycopg
 import redis
 
-from benchmarks.streams import free_port
+from synthia_vllm.free_ports import free_port
 
 _START_S = 60.0
 

@@ -193,12 +193,6 @@ def port_of(url: str) -> int:
     return int(url.rpartition(":")[2])
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def wait_for(port: int, timeout: float = 60.0) -> None:
     """Until something listens. Raises ClickException after `timeout` seconds."""
     deadline = time.monotonic() + timeout

@@ -33,6 +33,16 @@ pytest_plugins = [
 START_TIMEOUT_S = 300
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """Takes back what a test leaves in it: vLLM's configuration writes LD_PRELOAD and more for its children."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @dataclass(frozen=True)
 class RunningServer:
     url: str

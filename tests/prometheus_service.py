@@ -1,6 +1,5 @@
 """A real Prometheus and its promtool, for the tests that need one."""
 
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from synthia_vllm.free_ports import free_port
 from tests.tools import needed
 
 _START_TIMEOUT_S = 30
@@ -42,9 +42,7 @@ def running_prometheus(folder: Path, config: str) -> Iterator[Prometheus]:
     """Starts it with this configuration, in YAML."""
     file = folder / "prometheus.yml"
     file.write_text(config)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = [
         f"--config.file={file}",
         f"--storage.tsdb.path={folder / 'data'}",

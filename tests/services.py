@@ -4,7 +4,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,8 @@ from uuid import uuid4
 
 import psycopg
 import pytest
+
+from synthia_vllm.free_ports import free_port
 
 REQUIRED = "SYNTHIA_REQUIRE_SERVICES"
 _START_TIMEOUT_S = 30
@@ -118,7 +119,7 @@ def postgres() -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="synthia-pg-"))
     if user is not None:
         shutil.chown(folder, user)
-    server = Postgres(binaries, folder, _free_port(), user)
+    server = Postgres(binaries, folder, free_port(), user)
     try:
         server.init()
         server.start()
@@ -140,9 +141,3 @@ def missing(reason: str) -> None:
     if os.environ.get(REQUIRED) == "1":
         pytest.fail(f"{reason}; {REQUIRED}=1 asks for it")
     pytest.skip(reason)
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

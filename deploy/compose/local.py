@@ -23,7 +23,7 @@ import click
 import httpx
 import yaml
 
-from synthia_vllm.cluster.local import free_ports
+from synthia_vllm.free_ports import free_ports
 
 _FOLDER = Path(__file__).parent
 # Services that a command of ours can be, by the program they need; and the ports that the file gives them.

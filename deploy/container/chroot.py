@@ -18,7 +18,7 @@ import click
 import httpx
 
 from deploy.container import dockerfile
-from synthia_vllm.cluster.local import free_ports
+from synthia_vllm.free_ports import free_ports
 
 _ROOT = Path(__file__).parents[2]
 _DOCKERFILE = Path(__file__).parent / "Dockerfile"

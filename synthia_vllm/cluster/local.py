@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from secrets import token_hex
 import psutil
 
 from synthia_vllm.errors import SetupError
+from synthia_vllm.free_ports import free_ports
 from synthia_vllm.gateway.store.database import data_folder
 
 _HOST = "127.0.0.1"
@@ -114,15 +114,6 @@ def stop(ray: LocalRay) -> None:
     path = _state_file()
     if path.exists() and json.loads(path.read_text())["folder"] == ray.folder:
         path.unlink()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody uses; somebody else may take them before we do."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind((_HOST, 0))
-        return [sock.getsockname()[1] for sock in sockets]
 
 
 def worker_log(ray: LocalRay, pid: int) -> str:

@@ -27,6 +27,7 @@ CPU_WORKER = "synthia_vllm.engine.cpu_worker.Worker"  # imports vLLM
 CPU_BATCHED_TOKENS = 256
 # vLLM options that this has to agree with: who gives one decides.
 _CHOOSES_BATCH = ("--max-num-batched-tokens", "--max-num-seqs", "--no-enable-chunked-prefill")
+_OPENMPS = ("libiomp", "libomp", "libgomp")  # Intel's, LLVM's and GNU's
 # Set in a process that started itself anew, so that it does so once even where the loader ignores LD_PRELOAD.
 _RESTARTED = "SYNTHIA_RESTARTED"
 
@@ -184,11 +185,15 @@ def _smaller_weights(profile: Profile | None, extra: Sequence[str]) -> bool:
 def cpu_environment() -> dict[str, str]:
     """What makes vLLM's CPU worker fast: threads bound to all cores, and tcmalloc and Intel's OpenMP preloaded.
 
+    An OpenMP that the caller preloads already is kept instead.
+
     Source: vLLM's CPU installation page, *set LD_PRELOAD* and *VLLM_CPU_NUM_OF_RESERVED_CPU*.
     """
-    preload = [str(path) for path in preload_libraries().values() if path]
     given = os.environ.get("LD_PRELOAD", "")
-    missing = [path for path in preload if path not in given]
+    libraries = preload_libraries()
+    if any(openmp in given for openmp in _OPENMPS):
+        del libraries["libiomp5"]  # vLLM starts with one of them alone
+    missing = [str(path) for path in libraries.values() if path and str(path) not in given]
     return {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         CPU_BINDING: os.environ.get(CPU_BINDING, "auto"),

@@ -237,8 +237,11 @@ def _prompt_positions(found: Any) -> list[Position | None]:
 
 def _unfinished(finish: str, generation: Generation, *, begun: bool) -> RequestError:
     """An end that is none: the engine gave a sequence up."""
-    if not begun and generation.sampling.structured_outputs is not None:
-        return RequestError("the engine can't generate by this grammar or schema", param="structured_outputs")
+    if generation.sampling.structured_outputs is not None:
+        # With `allowed_token_ids` or `bad_words`, a grammar may be left without a token in the middle too.
+        can = "go on" if begun else "generate"
+        text = f"the engine can't {can} by this grammar or schema, with the request's other options"
+        return RequestError(text, param="structured_outputs")
     if finish == "repetition":
         return RequestError("the engine ended a repetition")
     return UpstreamLost(f"the engine ended this request: {finish}")

@@ -7,6 +7,8 @@ import signal
 import threading
 from multiprocessing.process import BaseProcess
 
+from synthia_vllm.engine import token_masks
+
 # Not SYNTHIA_ENGINE: that is the settings' section of this name, also to a replica that reads them in the same process.
 ENGINE_VARIABLE = "SYNTHIA_ENGINE_PROCESS"
 _LOOK_S = 2.0
@@ -21,12 +23,15 @@ def register() -> None:
 
     And gone with it: an engine core whose server was killed (`kill -9`, out of memory) otherwise waits for requests
     for ever, with the weights and the KV cache in memory that the next one needs.
+
+    Also puts right what vLLM's batch mixes up between users (`token_masks`).
     """
     parent = multiprocessing.parent_process()
     if not os.environ.get(ENGINE_VARIABLE) or parent is None or os.getpgrp() == os.getpid():
         return
     os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(parent,), name="synthia-end-with-parent", daemon=True).start()
+    token_masks.install()
 
 
 def _end_with(parent: BaseProcess) -> None:

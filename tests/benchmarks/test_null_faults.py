@@ -13,7 +13,8 @@ import pytest
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
 from benchmarks.null_tokens import prompt_ids
-from benchmarks.streams import free_port, wait_for
+from benchmarks.streams import wait_for
+from synthia_vllm.free_ports import free_port
 from tests.gateway.live import serving
 
 BODY: dict[str, Any] = {"model": "m", "prompt": "What is an orca?", "max_tokens": 5, "return_token_ids": True}

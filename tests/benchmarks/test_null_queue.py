@@ -15,8 +15,9 @@ import pytest
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
 from benchmarks.null_queue import MOST_A_STEP, Queue, Seat
+from synthia_vllm.free_ports import free_port
 from tests.gateway.live import serving
-from tests.running import free_port, null_engine, until
+from tests.running import null_engine, until
 
 BODY: dict[str, Any] = {"model": "m", "prompt": "What is an orca?", "max_tokens": 5, "stream": True}
 

@@ -14,7 +14,8 @@ from benchmarks.checked_stream import COMPLETIONS, numbered, run_stream
 from benchmarks.fairness import make_key
 from benchmarks.gateway_figures import state
 from benchmarks.replica_set import ReplicaSet
-from benchmarks.streams import free_port, wait_for
+from benchmarks.streams import wait_for
+from synthia_vllm.free_ports import free_port
 from tests.chaos.house import STREAMS, TOKENS, assert_whole, until
 
 pytestmark = pytest.mark.chaos

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from benchmarks.checked_stream import COMPLETIONS, CheckedStream, numbered, run_stream
 from benchmarks.replica_set import ReplicaSet
-from benchmarks.streams import free_port
+from synthia_vllm.free_ports import free_port
 from synthia_vllm.gateway.store import ledger as ledger_module
 from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.ledger import INTERVAL_S, Ledger

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from synthia_vllm.cluster.config import ray_environment
-from synthia_vllm.cluster.local import free_ports
 from synthia_vllm.cluster.rest import ServeApi
 from synthia_vllm.errors import SetupError
+from synthia_vllm.free_ports import free_ports
 from synthia_vllm.settings import DeploySettings, Settings
 from tests.redis_service import RedisServer
 from tests.running import until

@@ -12,6 +12,7 @@ from ray.serve.config import HTTPOptions
 
 from synthia_vllm.cluster import local
 from synthia_vllm.cluster.local import LocalRay
+from synthia_vllm.free_ports import free_ports
 from tests.running import until
 
 
@@ -66,7 +67,7 @@ def test_without_a_cluster_there_is_none(sleeper: subprocess.Popen[bytes]) -> No
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_haproxys_figures_are_for_this_machine_only(tmp_path: Path, host: str) -> None:
-    gateway, metrics, stats = local.free_ports(3)
+    gateway, metrics, stats = free_ports(3)
     haproxy = HAProxyConfig(
         http_options=HTTPOptions(host=host, port=gateway),
         metrics_port=metrics,

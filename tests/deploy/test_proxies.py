@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from synthia_vllm.free_ports import free_port
 from tests.deploy.proxies import caddy_file, nginx_files, running
-from tests.running import Running, free_port, gateway, null_engine, until
+from tests.running import Running, gateway, null_engine, until
 from tests.tools import needed
 
 _TOKENS_PER_SECOND = 20

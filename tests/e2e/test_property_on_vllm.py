@@ -31,6 +31,8 @@ pytestmark = pytest.mark.e2e
 
 EXAMPLES = int(os.environ.get("SYNTHIA_ENGINE_EXAMPLES", "20"))  # of several requests each
 LONGEST = 12  # tokens, where the length is good
+MOST_SEQUENCES = 12  # of a request: prompts times n
+GIVEN_UP = "by this grammar or schema, with the request's other options"
 PATIENCE_S = 60.0  # of clients that do not leave
 USER, OTHER = "various", "plain"
 quick = settings(
@@ -229,7 +231,7 @@ class Home:
 
     async def settled(self, http: httpx.AsyncClient) -> int:
         """Tokens that the user's limits hold for settled: told while it has something under way, less that."""
-        most = 400
+        most = 4000  # it is still under way when the state is asked for, on any machine
         body = {"model": "synthia", "prompt": [5], "max_tokens": most, "ignore_eos": True, "stream": True}
         async with http.stream("POST", COMPLETIONS, json=body, headers=self.headers(USER)) as reply:
             pieces = reply.aiter_raw()  # kept: httpx closes the stream when it goes
@@ -277,12 +279,15 @@ async def check(home: Home, requests: list[Asked]) -> list[str]:
             assert row is None or row.prompt_tokens == row.generated_tokens == 0, one
             continue
         assert row is not None
-        assert not any(told.get("error") for told in answer.objects()), (one, answer.body)
+        errors = [told["error"] for told in answer.objects() if told.get("error")]
+        assert all(GIVEN_UP in error["message"] for error in errors), (one, answer.body)
         assert answer.told() in (None, (row.prompt_tokens, row.generated_tokens)), one
 
     generated = sum(row.generated_tokens for row in rows.values())
     prompt = sum(row.prompt_tokens for row in rows.values())
-    assert after.engine - before.engine == generated, requests
+    # A sequence whose grammar is left without a token is refused: what it came to is vLLM's count, and nobody's bill.
+    unbilled = sum(GIVEN_UP in answer.body.decode() for answer in answers) * MOST_SEQUENCES * LONGEST
+    assert 0 <= after.engine - before.engine - generated <= unbilled, requests
     assert (after.prompt - before.prompt, after.generated - before.generated) == (prompt, generated)
     assert settled == billed
     assert (other.status, other.text()) == (200, home.undisturbed)

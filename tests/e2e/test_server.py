@@ -18,6 +18,7 @@ from synthia_vllm.prompt import STOP_STRINGS, SYSTEM_PROMPTS, render
 from tests.card import card_answer
 from tests.conftest import RunningServer
 from tests.prompt.test_format import conversation
+from tests.running import until
 
 pytestmark = pytest.mark.e2e
 
@@ -225,6 +226,25 @@ def test_response_format_json_schema(client: httpx.Client) -> None:
     assert isinstance(json.loads(content)["big"], bool)
 
 
+def test_the_allowed_tokens_of_one_hold_nobody_else(client: httpx.Client, tokenizer: Any) -> None:
+    """In vLLM's batch a request gets the list of the one whose place it takes (`engine.token_masks`)."""
+    completion = {"model": "synthia", "prompt": "A", "stream": True, "ignore_eos": True}
+    (a,) = tokenizer.encode("a", add_special_tokens=False)
+    with (
+        client.stream("POST", "/v1/completions", json={**completion, "max_tokens": 100}) as first,
+        client.stream(
+            "POST", "/v1/completions", json={**completion, "max_tokens": 3000, "allowed_token_ids": [a]}
+        ) as listed,
+    ):
+        lines = listed.iter_lines()  # kept: httpx closes the stream when it goes
+        next(lines)
+        first.read()  # its place is free, and the other request moves into it
+        next(lines)
+        body = {"model": "synthia", "prompt": "A", "max_tokens": 8, "structured_outputs": {"regex": "[0-9]{3}"}}
+        replies = [client.post("/v1/completions", json=body).json() for _ in range(3)]
+    assert [reply["choices"][0]["text"].strip().isdigit() for reply in replies] == [True] * 3, replies
+
+
 def test_a_final_message_is_continued(client: httpx.Client, tokenizer: Any) -> None:
     messages = [*ORCA, {"role": "assistant", "content": "An orca is a"}]
     reply = ask(
@@ -307,8 +327,7 @@ def test_a_client_that_leaves_frees_its_sequence(client: httpx.Client, server: R
         else:
             with pytest.raises(httpx.ReadTimeout):
                 leaving.post(CHAT, json=body)
-    time.sleep(1)
-    assert running(client) == 0
+    until(lambda: running(client) == 0, "its sequence is gone")
 
 
 def test_many_clients_at_once(client: httpx.Client) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from synthia_vllm.free_ports import free_port
 from tests.conftest import RunningServer
 
 pytestmark = pytest.mark.e2e
@@ -88,7 +88,7 @@ def test_a_stream_that_is_cut_is_billed_for_what_was_generated(
 def test_the_live_view_tells_of_users_and_the_engines_own_capacity(client: httpx.Client, new_key: NewKey) -> None:
     admin = {"x-api-key": new_key("ops", "--admin")}
     headers = {"x-api-key": new_key("busy", "--concurrent-requests", "4")}
-    body = {"model": "synthia", "prompt": "A", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"model": "synthia", "prompt": "A", "max_tokens": 4000, "ignore_eos": True, "stream": True}
     with client.stream("POST", "/v1/completions", json=body, headers=headers) as reply:
         lines = reply.iter_lines()  # kept: httpx closes the stream when it goes
         next(lines)
@@ -148,9 +148,7 @@ def test_nothing_said_and_no_key_is_in_the_log(server: RunningServer, client: ht
 @pytest.fixture
 def gateway(server: RunningServer, tmp_path: Path) -> Iterator[str]:
     """`synthia-vllm gateway` in front of the shared server, with keys of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "synthia_vllm", "gateway", "--port", str(port), "--upstream", server.url]
     process = subprocess.Popen(
         [*command, "--access.mode", "keys"],

@@ -39,6 +39,13 @@ def test_a_cpu_gets_eager_mode_and_its_tuning(tmp_path: Path, monkeypatch: pytes
     assert "--enforce-eager" not in plan_engine(settings(tmp_path, engine={"compile": True}), machine(24)).arguments
 
 
+def test_an_openmp_that_is_preloaded_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libgomp.so.1")
+    preload = plan_engine(settings(tmp_path), machine(24)).environment["LD_PRELOAD"]
+    assert preload.endswith("/usr/lib/libgomp.so.1")
+    assert "libiomp5" not in preload
+
+
 def test_without_a_compiler_nothing_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert plan_engine(settings(tmp_path), machine(24)).environment["TORCHDYNAMO_DISABLE"] == "1"

@@ -19,7 +19,8 @@ from starlette.routing import Route
 
 from benchmarks.eval_data import stand_ins
 from synthia_vllm.eval.server import Endpoint
-from tests.running import free_port, until
+from synthia_vllm.free_ports import free_port
+from tests.running import until
 
 DATA = Path(__file__).with_name("data")
 MODEL = "stand-in"

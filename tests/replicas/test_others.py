@@ -1,7 +1,6 @@
 """Engines that are no vLLM, in the same pool: asked for nothing but what they are. Over real sockets."""
 
 import asyncio
-import socket
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from benchmarks.null_engine import NullEngine
 from benchmarks.null_port import NullEnginePort
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost, UpstreamTimeout
+from synthia_vllm.free_ports import free_port
 from tests.gateway.stack import Stack
 from tests.replicas.engines import (
     Answers,
@@ -34,9 +34,7 @@ WHOLE = streaming(event({"text": "a"}), event({"text": "b", "finish_reason": "st
 
 
 def closed_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 async def never(scope: Scope, receive: Receive, send: Send) -> None:

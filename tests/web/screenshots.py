@@ -15,8 +15,9 @@ import click
 import httpx
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from synthia_vllm.free_ports import free_port
 from tests.chromium_service import chromium_options
-from tests.running import ROOT, Running, free_port, new_key
+from tests.running import ROOT, Running, new_key
 
 FOLDER = ROOT / "docs" / "images"
 QUESTIONS = ("What is an orca?", "Name three rivers.", "Why is the sky blue?", "Write a short poem about the sea.")

@@ -16,7 +16,7 @@ from benchmarks.load.client import Call, Client, Patience, Target
 from benchmarks.load.run_file import Request
 from benchmarks.null_engine import NullEngine
 from benchmarks.null_faults import Faults
-from benchmarks.streams import free_port
+from synthia_vllm.free_ports import free_port
 from tests.gateway.live import serving
 
 PATIENCE = Patience(first_s=0.3, between_s=0.3)

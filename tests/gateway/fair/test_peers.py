@@ -18,6 +18,7 @@ import redis.asyncio
 
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.errors import SetupError
+from synthia_vllm.free_ports import free_port
 from synthia_vllm.gateway.fair.peers import FRESH_S, Peers, claim, identity, share
 from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.keys import KeyStore
@@ -187,12 +188,6 @@ def start(tmp_path: Path) -> Iterator[Start]:
         for process in started:
             process.kill()
             process.communicate()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 async def test_two_gateways_before_one_engine_divide_its_room_through_redis(start: Start, redis_url: str) -> None:
