@@ -6,6 +6,7 @@ exit code is 1 where a document is not what the results say.
 
 import json
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -98,6 +99,18 @@ def ratios(*names: str) -> Callable[[], str]:
     return made
 
 
+def start() -> str:
+    """Medians of the rounds, and the ratio within them."""
+    found = result("start")
+    lines = [f"| medians of {found['rounds']} rounds | forked | spawned | ratio |", "|---|---:|---:|---:|"]
+    for figure, servers in found["results"].items():
+        forked, spawned = (statistics.median(servers[name]) for name in ("forked", "spawned"))
+        ratio = found["ratios"][f"{figure}: forked / spawned"]
+        told = f"{ratio['median']} ({ratio['least']} to {ratio['greatest']})"
+        lines.append(f"| {figure} | {forked:.1f} | {spawned:.1f} | {told} |")
+    return "\n".join(lines)
+
+
 def soak() -> str:
     """What an hour of all kinds of users came to."""
     found = result("soak")
@@ -132,6 +145,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "processes": ratios("api_process", "gateways"),
     "open_connections": ratios("open_connections"),
     "soak": soak,
+    "start": start,
     "full": lambda: quoted.markdown(read(RESULTS / "full.json.gz")),
     "gpu-h100": lambda: gpu.markdown(result("gpu/h100")),
     "gpu-h200": lambda: gpu.markdown(result("gpu/h200"), read_profile(FOLDER / "h200-11b.yaml").model_dump()),

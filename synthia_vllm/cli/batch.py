@@ -88,6 +88,7 @@ def finished(target: Path) -> set[str]:
 
 
 def _run(todo: list[dict[str, Any]], target: Path, settings: Any, concurrency: int) -> int:
+    from synthia_vllm.engine import fork_server
     from synthia_vllm.engine.arguments import plan_engine
     from synthia_vllm.engine.demo import cache_folder
     from synthia_vllm.engine.hardware import inspect_machine
@@ -97,6 +98,8 @@ def _run(todo: list[dict[str, Any]], target: Path, settings: Any, concurrency: i
     plan.apply_environment()
     log = cache_folder() / "logs" / "batch.log"
     with output_to(log) as terminal:
+        if plan.fork:
+            fork_server.start()
         console = Console(file=terminal)
         startup = Startup(console, log)
         startup.start()

@@ -28,7 +28,7 @@ from synthia_vllm.api import abort
 from synthia_vllm.cluster.aborts import Aborts
 from synthia_vllm.cluster.cpus.share import Share, share_of
 from synthia_vllm.cluster.guard import Guard, engine_key
-from synthia_vllm.engine.arguments import CPU_WORKER
+from synthia_vllm.engine.arguments import CPU_WORKER, DEMO, default_model
 from synthia_vllm.engine.memory import choose_kv_bytes, read_geometry
 from synthia_vllm.engine.server import warm_up
 from synthia_vllm.engine.tokenizer import Tokenizer
@@ -101,7 +101,8 @@ class Engine(LLMServer):  # type: ignore[misc]
         geometry = read_geometry(llm_config.get_engine_config().actual_hf_model_id, engine.dtype)
         if geometry is not None:
             context = engine.max_model_len or geometry.context
-            cache = choose_kv_bytes(geometry, context, machine, engine.kv_cache_gib)
+            demo = (self._settings.model or default_model(machine)) == DEMO
+            cache = choose_kv_bytes(geometry, context, machine, engine.kv_cache_gib, demo=demo)
             llm_config.update_engine_kwargs(kv_cache_memory_bytes=cache)
 
 

@@ -57,6 +57,7 @@ class EnginePlan:
     arguments: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     profile: str | None = None  # the one whose options are among the arguments, and which these are
+    fork: bool = False  # vLLM's processes come of `engine.fork_server`
 
     def apply_environment(self) -> None:
         """Sets the environment for vLLM's processes. They are spawned, so even LD_PRELOAD takes effect in them.
@@ -138,13 +139,23 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (),
             arguments += ["--kv-cache-memory-bytes", str(int(settings.engine.kv_cache_gib * 2**30))]
     else:
         if geometry:
-            kv_bytes = choose_kv_bytes(geometry, context, machine, settings.engine.kv_cache_gib)
+            kv_bytes = choose_kv_bytes(geometry, context, machine, settings.engine.kv_cache_gib, demo=name == DEMO_NAME)
             arguments += ["--kv-cache-memory-bytes", str(kv_bytes)]
         arguments += _cpu_arguments(settings, extra)
         environment |= cpu_environment() | _without_compiler(settings)
+    fork = _fork(settings, name, environment)
     taken = profile.arguments([*arguments, *extra]) if profile else []
     told = f"{profile.name}: {' '.join(taken) or 'nothing that was not given'}" if profile else None
-    return EnginePlan(model, name, [*arguments, *taken, *extra], environment, told)
+    return EnginePlan(model, name, [*arguments, *taken, *extra], environment, told, fork)
+
+
+def _fork(settings: Settings, name: str, environment: Mapping[str, str]) -> bool:
+    """Of the OpenMPs, Intel's can be forked and told anew what to do; without it there is no forking."""
+    asked = settings.engine.fork
+    can = "libiomp5" in environment.get("LD_PRELOAD", "")
+    if asked and not can:
+        raise SetupError("--engine.fork: for CPUs with Intel's OpenMP (the package intel-openmp) alone; leave it out")
+    return can and (name == DEMO_NAME if asked is None else asked)
 
 
 def _refuse_servers_options(extra: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
 OVERHEAD_BYTES = 2 * GIB
 # vLLM's `--max-num-seqs` default on a CPU: more KV cache than this many full contexts is never used.
 MAX_SEQUENCES = 256
+_DEMO_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,12 @@ def read_config(model: str) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def choose_kv_bytes(geometry: Geometry, context: int, machine: Machine, wanted_gib: float | None) -> int:
+def choose_kv_bytes(
+    geometry: Geometry, context: int, machine: Machine, wanted_gib: float | None, *, demo: bool = False
+) -> int:
     """KV cache for a CPU in bytes: what was asked for, else half of what is free beside the weights.
 
+    For the demo model 2 GiB, eleven of its contexts: vLLM writes every byte of it at the start, a gigabyte a second.
     Raises SetupError where the weights and one context do not fit, and says what would.
     """
     weights = geometry.weight_bytes or 0
@@ -79,7 +83,8 @@ def choose_kv_bytes(geometry: Geometry, context: int, machine: Machine, wanted_g
             f"memory are free; {cure}"
         )
     if wanted_gib is None:
-        return max(one_context, min(free // 2, MAX_SEQUENCES * one_context))
+        most = _DEMO_BYTES if demo else MAX_SEQUENCES * one_context
+        return max(one_context, min(free // 2, most))
     wanted = int(wanted_gib * GIB)
     if wanted < one_context:
         raise SetupError(

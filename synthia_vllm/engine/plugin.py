@@ -5,6 +5,8 @@ import os
 import select
 import signal
 import threading
+from multiprocessing.connection import wait
+from multiprocessing.forkserver import get_inherited_fds
 from multiprocessing.process import BaseProcess
 
 from synthia_vllm.engine import token_masks
@@ -36,7 +38,7 @@ def register() -> None:
 
 def _end_with(parent: BaseProcess) -> None:
     """At once: what the engine still computes for nobody would slow down those who take over its requests."""
-    while os.getppid() == parent.pid:
+    while not _is_gone(parent) and parent.pid is not None:
         try:
             descriptor = os.pidfd_open(parent.pid)  # Linux
         except (AttributeError, OSError):
@@ -46,3 +48,10 @@ def _end_with(parent: BaseProcess) -> None:
             select.select([descriptor], [], [])
             break
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_gone(parent: BaseProcess) -> bool:
+    """Whether it ended before we looked; its process id may be somebody else's by now."""
+    if get_inherited_fds() is None:  # else we are the fork server's child, whoever our parent is
+        return os.getppid() != parent.pid
+    return bool(wait([parent.sentinel], 0))

@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from synthia_vllm.engine import fork_server
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.local import LocalEngine
 from synthia_vllm.engine.tokenizer import Tokenizer
@@ -30,9 +31,11 @@ def run(
     companion: Companion | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit code: 0 after a drain, 1 if the engine died or was cut."""
+    plan.apply_environment()
+    if plan.fork:
+        fork_server.start()
     import uvloop
 
-    plan.apply_environment()
     code: int = uvloop.run(_serve(settings, plan, sock, on_ready, companion))
     return code
 

@@ -92,3 +92,14 @@ def test_the_engines_environment_is_no_setting(tmp_path: Path, monkeypatch: pyte
     for name, value in plan_engine(settings(tmp_path), machine(24)).environment.items():
         monkeypatch.setenv(name, value)
     assert Settings() == before
+
+
+def test_the_demo_is_forked_and_others_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan_engine(settings(tmp_path, engine={"fork": True}), machine(24)).fork
+    assert not plan_engine(settings(tmp_path), machine(24)).fork
+    assert plan_engine(Settings(model="demo"), machine(24)).fork
+    assert not plan_engine(Settings(model="demo", engine={"fork": False}), machine(24)).fork  # type: ignore[arg-type]
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libgomp.so.1")
+    assert not plan_engine(Settings(model="demo"), machine(24)).fork
+    with pytest.raises(SetupError, match=r"--engine\.fork: for CPUs with Intel's OpenMP"):
+        plan_engine(settings(tmp_path, engine={"fork": True}), machine(24))

@@ -62,6 +62,13 @@ def test_no_more_kv_cache_than_can_be_used() -> None:
     assert choose_kv_bytes(small, 1024, machine(64), None) == 256 * 1024 * 1024
 
 
+def test_the_demo_has_two_gigabytes_or_what_there_is() -> None:
+    small = Geometry(context=8192, heads=9, kv_bytes_per_token=23040, weight_bytes=270 * 10**6)
+    assert choose_kv_bytes(small, 8192, machine(64), None, demo=True) == 2 * GIB
+    assert choose_kv_bytes(small, 8192, machine(4), None, demo=True) == (4 * GIB - 270 * 10**6 - 2 * GIB) // 2
+    assert choose_kv_bytes(small, 8192, machine(64), 5, demo=True) == 5 * GIB
+
+
 def test_a_model_that_does_not_fit_says_what_would() -> None:
     with pytest.raises(SetupError, match=r"--engine\.max-model-len \d+ would fit"):
         choose_kv_bytes(SYNTHIA, 4096, machine(22.5), None)

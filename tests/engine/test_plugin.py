@@ -7,34 +7,38 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from synthia_vllm.engine.plugin import ENGINE_VARIABLE
 
 _SERVER = """
-import multiprocessing, time
-from synthia_vllm.engine.plugin import register
+import multiprocessing, sys, time
+from synthia_vllm.engine import plugin
 
 def engine():
-    register()
+    plugin.register()
+    gone = plugin._is_gone(multiprocessing.parent_process())
+    print("engine", multiprocessing.current_process().pid, gone, flush=True)
     time.sleep(120)
 
 if __name__ == "__main__":
-    child = multiprocessing.get_context("spawn").Process(target=engine)
+    child = multiprocessing.get_context(sys.argv[1]).Process(target=engine)
     child.start()
-    print(child.pid, flush=True)
     child.join()
 """
 
 
-def test_an_engine_ends_with_a_server_that_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_an_engine_ends_with_a_server_that_was_killed(tmp_path: Path, method: str) -> None:
     script = tmp_path / "server.py"
     script.write_text(_SERVER)
     environment = {**os.environ, ENGINE_VARIABLE: "1"}
-    server = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen([sys.executable, str(script), method], stdout=subprocess.PIPE, text=True, env=environment)
     assert server.stdout is not None
-    engine = psutil.Process(int(server.stdout.readline()))
-    while os.getpgid(engine.pid) != engine.pid:  # its own group: it has registered
-        assert engine.is_running()
+    _, pid, gone = next(line for line in server.stdout if line.startswith("engine")).split()  # vLLM says things too
+    assert gone == "False"
+    engine = psutil.Process(int(pid))
+    assert os.getpgid(engine.pid) == engine.pid, "a group of its own"
     server.send_signal(signal.SIGKILL)
     server.wait()
     _, alive = psutil.wait_procs([engine], timeout=30)
