@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from benchmarks.null_tokenizer import write
 from synthia_vllm.free_ports import free_port
@@ -29,6 +30,14 @@ def until(holds: Callable[[], Any], what: str, timeout: float = 60.0, pause: flo
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout:.0f} s: {what}")
         time.sleep(pause)
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    """Kills them, those that end meanwhile because another has gone included, and waits until they have."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 @dataclass

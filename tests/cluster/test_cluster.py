@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from tests.ray_cluster import ENGINE_OPTIONS, RunningCluster
+from tests.running import kill_all
 
 pytestmark = pytest.mark.e2e
 _HEAL_TIMEOUT_S = 300
@@ -106,7 +108,7 @@ def test_what_serves_without_keys_is_for_this_machine_only(cluster: RunningClust
     assert ("127.0.0.1", gateway) in listening
     known = {gateway, int(cluster.state()["dashboard"].rpartition(":")[2]), *range(30000, 31000)}
     assert {ip for ip, port in listening if port in known} == {"127.0.0.1"}
-    proxies = [process for process in map(psutil.Process, mine) if process.name() == "haproxy"]
+    proxies = _proxies(cluster)
     assert proxies
     assert {one.laddr.ip for process in proxies for one in _listeners(process)} == {"127.0.0.1"}
 
@@ -217,10 +219,9 @@ def test_a_dead_engine_core_makes_its_replica_be_replaced(cluster: RunningCluste
 
 
 def test_the_gateway_serves_while_the_controller_is_gone(cluster: RunningCluster, client: httpx.Client) -> None:
-    controllers = [p for p in map(psutil.Process, _pids(cluster)) if "ServeController" in " ".join(p.cmdline())]
+    controllers = _those(cluster, lambda process: "ServeController" in " ".join(process.cmdline()))
     assert controllers
-    for controller in controllers:
-        controller.kill()
+    kill_all(controllers)
     for _ in range(10):
         chat(client)
         time.sleep(0.5)
@@ -228,10 +229,9 @@ def test_the_gateway_serves_while_the_controller_is_gone(cluster: RunningCluster
 
 
 def test_clients_are_let_in_again_when_haproxy_was_killed(cluster: RunningCluster, client: httpx.Client) -> None:
-    proxies = [process for process in map(psutil.Process, _pids(cluster)) if process.name() == "haproxy"]
+    proxies = _proxies(cluster)
     assert proxies
-    for process in proxies:
-        process.kill()
+    kill_all(proxies)
     wait_until(lambda: _answers(client))
     chat(client)
     wait_until(cluster.healthy)
@@ -252,10 +252,24 @@ def _port(connection: Any) -> int:
     return connection.laddr.port if connection.status == psutil.CONN_LISTEN else 0
 
 
+def _those(cluster: RunningCluster, wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """Processes of the cluster, whose workers come and go meanwhile."""
+    found = []
+    for pid in _pids(cluster):
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            found += [process] if wanted(process) else []
+    return found
+
+
+def _proxies(cluster: RunningCluster) -> list[psutil.Process]:
+    return _those(cluster, lambda process: process.name() == "haproxy")
+
+
 def _pids(cluster: RunningCluster) -> list[int]:
     found = []
     for pid in cluster.state()["processes"]:
-        if psutil.pid_exists(int(pid)):
+        with suppress(psutil.NoSuchProcess):
             process = psutil.Process(int(pid))
             found += [process.pid, *(child.pid for child in process.children(recursive=True))]
     return found

@@ -18,7 +18,7 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.free_ports import free_ports
 from synthia_vllm.settings import DeploySettings, Settings
 from tests.redis_service import RedisServer
-from tests.running import until
+from tests.running import kill_all, until
 
 pytestmark = pytest.mark.e2e
 _REPOSITORY = Path(__file__).parents[2]
@@ -57,10 +57,7 @@ class Nodes:
         return [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self._mark(node)]
 
     def kill(self, node: str) -> None:
-        mine = self.processes(node)
-        for process in mine:
-            process.kill()
-        psutil.wait_procs(mine, timeout=10)
+        kill_all(self.processes(node))
 
     def replicas(self) -> list[int]:
         """Process ids of the application's replicas that run; none while nobody tells."""

@@ -25,20 +25,21 @@ def run(name: str, url: str, *words: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+def answered(name: str, url: str, *words: str) -> str:
+    done = run(name, url, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("name", ["chat.py", "stream.py", "claude.py"])
 def test_it_answers(server: RunningServer, name: str) -> None:
     for words in ([], ["Who", "are", "you?"]):
-        done = run(name, server.url, *words)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        assert any(answered(name, server.url, *words).strip() for _ in range(5))  # a sampled reply may be empty
 
 
 def test_many_are_asked_at_once(server: RunningServer) -> None:
-    done = run("many.py", server.url)
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if line in QUESTIONS.splitlines()] == QUESTIONS.split("\n")[::2][
-        :2
-    ]
+    asked = [question for question in QUESTIONS.splitlines() if question]
+    assert [line for line in answered("many.py", server.url).splitlines() if line in asked] == asked
 
 
 def test_the_batch_file_is_one() -> None:
