@@ -27,10 +27,11 @@ import click
 import uvloop
 from rich.console import Console
 
-from benchmarks import rounds as interleaved
-from benchmarks.load.processes import RunningServer, running
-from benchmarks.serving import commands, machine
-from benchmarks.streams import chat, first_tokens, load, port_of, processor_seconds
+from benchmarks.serving import commands
+from synthia_vllm.bench import rounds as interleaved
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.processes import RunningServer, running
+from synthia_vllm.bench.streams import chat, first_tokens, load, port_of, processor_seconds
 from synthia_vllm.engine.arguments import plan_engine
 from synthia_vllm.engine.demo import demo_model
 from synthia_vllm.engine.hardware import inspect_machine

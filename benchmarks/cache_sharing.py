@@ -34,11 +34,11 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.fairness import make_key
-from benchmarks.load.processes import running
-from benchmarks.rounds import in_turn
-from benchmarks.serving import machine
 from synthia_vllm import __version__
+from synthia_vllm.bench.keys import make_key
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.processes import running
+from synthia_vllm.bench.rounds import in_turn
 from synthia_vllm.engine.demo import demo_model
 from synthia_vllm.engine.tokenizer import Tokenizer
 
@@ -80,7 +80,7 @@ def main(rounds: int, output: Path) -> None:
         serve = [*command, "serve", "--model", "demo", "--log-file", "-", *_ENGINE]
         engine = stack.enter_context(running("engine", serve, {"SYNTHIA_DATA": str(folder / "engine")}, folder))
         environment = {"SYNTHIA_DATA": str(folder / "gateways")}
-        keys = {user: make_key(user, environment) for user in dict.fromkeys(_USERS.values())}
+        keys = {user: make_key(user, data=folder / "gateways") for user in dict.fromkeys(_USERS.values())}
         gateways = {}
         for mode in MODES:
             words = [*command, "gateway", "--upstream", engine.url, "--access.mode", "keys", *_ROOM, *_QUIET]

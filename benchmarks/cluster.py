@@ -12,15 +12,11 @@ tell how much of their prompts was in their prefix caches.
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,25 +27,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.normal_ingress import ROUTE as NORMAL_ROUTE
-from benchmarks.normal_ingress import as_config
-from benchmarks.serving import LOADS, machine, measure, rotated
+from benchmarks.serving import LOADS, measure, rotated
 from synthia_vllm import __version__
-from synthia_vllm.cluster import local
-from synthia_vllm.cluster.config import ENGINE_ROUTE, serve_config
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.ray_cluster import running, up, ways_in
 from synthia_vllm.cluster.guard import engine_key
 from synthia_vllm.cluster.planning import plan_replica
-from synthia_vllm.cluster.rest import ServeApi
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.hardware import inspect_machine
-from synthia_vllm.free_ports import free_port
 from synthia_vllm.settings import Settings, load_settings
 
 LOAD = LOADS[0]  # completions, 64 streams
 PAIRS = (("ours", "normal"), ("ours", "direct"))
 # Different enough in length that the cache's blocks show, short enough for a small context.
 CONVERSATIONS, TURNS, WORDS_A_TURN, REPLY_TOKENS = 16, 6, 30, 24
-_UP_TIMEOUT_S = 600
 
 
 @click.command()
@@ -82,44 +73,6 @@ def main(model: str, replicas: int, rounds: int, output: Path) -> None:
     output.write_text(json.dumps(report, indent=1) + "\n")
     show(report, console)
     console.print(f"written to {output}", highlight=False)
-
-
-@contextlib.contextmanager
-def running(words: list[str], console: Console) -> Iterator[tuple[int, float]]:
-    """A cluster while it is needed; yields its port and how long it took to come up."""
-    port = free_port()
-    began = time.monotonic()
-    try:
-        up([*words, "--port", str(port)])
-        seconds = time.monotonic() - began
-        console.print(f"the cluster is up after {seconds:.0f} s", highlight=False)
-        yield port, seconds
-    finally:
-        subprocess.run([sys.executable, "-m", "synthia_vllm", "cluster", "down", "--now"], check=False)
-
-
-def up(words: list[str]) -> None:
-    command = [sys.executable, "-m", "synthia_vllm", "cluster", "up", *words]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_UP_TIMEOUT_S)
-    if done.returncode:
-        raise click.ClickException(f"the cluster did not come up:\n{done.stdout}{done.stderr}")
-
-
-@contextlib.contextmanager
-def ways_in(settings: Settings, model: str) -> Iterator[dict[str, str]]:
-    """The normal ingress beside what runs; yields the URLs of all three. All want `engine_key(settings)`."""
-    base = f"http://127.0.0.1:{settings.port}"
-    ray = _local_ray()
-    api = ServeApi(ray.dashboard, ray.token)
-    config = serve_config(settings)
-    config["applications"].append(as_config(model))
-    api.deploy(config)
-    try:
-        _wait_for(f"{base}{NORMAL_ROUTE}/v1/models")
-        yield {"normal": f"{base}{NORMAL_ROUTE}", "direct": f"{base}{ENGINE_ROUTE}", "ours": base}
-    finally:
-        config["applications"].pop()
-        api.deploy(config)
 
 
 def throughput(settings: Settings, plan: EnginePlan, rounds: int, console: Console) -> dict[str, list[float]]:
@@ -178,22 +131,6 @@ def _cache_counters(port: int) -> tuple[float, float]:
             hits += sample.value if sample.name == "vllm:prefix_cache_hits_total" else 0
             queries += sample.value if sample.name == "vllm:prefix_cache_queries_total" else 0
     return hits, queries
-
-
-def _local_ray() -> local.LocalRay:
-    found = local.find()
-    assert found is not None
-    return found
-
-
-def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + _UP_TIMEOUT_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=5).status_code == httpx.codes.OK:
-                return
-        time.sleep(1)
-    raise click.ClickException(f"{url} does not answer")
 
 
 def ratios(results: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:

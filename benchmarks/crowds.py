@@ -40,14 +40,14 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from benchmarks.chaos import many_files, quantiles, show
-from benchmarks.checked_crowd import PREFILL, RATE, Told, crowd
-from benchmarks.gateway_figures import resumes
-from benchmarks.load.processes import running
-from benchmarks.null_tokenizer import write as write_tokenizer
-from benchmarks.replica_set import ReplicaSet
-from benchmarks.serving import machine
 from synthia_vllm import __version__
+from synthia_vllm.bench.chaos import many_files, quantiles, show
+from synthia_vllm.bench.checked_crowd import PREFILL, RATE, Told, crowd
+from synthia_vllm.bench.gateway_figures import resumes
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.null.tokenizer import write as write_tokenizer
+from synthia_vllm.bench.processes import running
+from synthia_vllm.bench.replica_set import ReplicaSet
 
 Say = Callable[[str], None]
 

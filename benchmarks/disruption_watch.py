@@ -14,7 +14,7 @@ import click
 import httpx
 import psutil
 
-from benchmarks.cluster import up
+from synthia_vllm.bench.ray_cluster import up
 from synthia_vllm.cluster import local
 from synthia_vllm.cluster.config import ENGINE, GATEWAY
 from synthia_vllm.cluster.rest import ReplicaStatus, ServeApi, applications

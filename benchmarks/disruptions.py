@@ -29,13 +29,13 @@ from typing import Any
 
 import click
 
-from benchmarks.chaos_demo import kill_one
 from benchmarks.disruption_load import Clients, Reply, Request, figures
 from benchmarks.disruption_watch import Cluster, Starts, Watch, engine_core
-from benchmarks.rounds import in_turn
 from benchmarks.second_node import node
-from benchmarks.serving import machine
 from synthia_vllm import __version__
+from synthia_vllm.bench.chaos_demo import kill_one
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.rounds import in_turn
 from synthia_vllm.settings import ClusterSettings
 
 _REPLICAS = 2

@@ -17,8 +17,8 @@ import click
 from rich.console import Console
 
 from benchmarks.eval_data import stand_ins
-from benchmarks.serving import machine
 from synthia_vllm import __version__
+from synthia_vllm.bench.machine import machine
 from synthia_vllm.eval.benchmarks import Benchmark, chosen
 from synthia_vllm.eval.harness import evaluate, load_tasks, require_harness, task_manager
 from synthia_vllm.eval.scores import Score, read_scores

@@ -21,11 +21,11 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks.load.client import Target
-from benchmarks.load.peers import machine_group
-from benchmarks.load.servers import plan_of
-from benchmarks.serving import machine
 from synthia_vllm import __version__
+from synthia_vllm.bench.client import Target
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.peers import machine_group
+from synthia_vllm.bench.servers import plan_of
 from synthia_vllm.eval.benchmarks import chosen
 from synthia_vllm.eval.harness import load_tasks, require_harness, task_manager
 from synthia_vllm.eval.server import find_endpoint

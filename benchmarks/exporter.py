@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from benchmarks.cost import server
-from benchmarks.null_port import NullEnginePort
-from benchmarks.serving import machine
-from benchmarks.streams import COMPLETIONS, port_of, wait_for
 from synthia_vllm import __version__
+from synthia_vllm.bench.ceiling import server
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.null.port import NullEnginePort
+from synthia_vllm.bench.streams import COMPLETIONS, port_of, wait_for
 from synthia_vllm.free_ports import free_port
 from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account

@@ -13,10 +13,8 @@ weights   two users with weights 3 and 1, both with 64 requests at all times: wh
 
 import asyncio
 import json
-import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,8 +28,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.serving import machine, running
+from benchmarks.serving import running
 from synthia_vllm import __version__
+from synthia_vllm.bench.keys import make_key
+from synthia_vllm.bench.machine import machine
 
 HEAVY_REQUESTS = 100
 HEAVY_INPUT, HEAVY_OUTPUT = 32, 64  # tokens
@@ -69,10 +69,10 @@ def main(rounds: int, max_num_seqs: int, step_tokens: tuple[int, ...], output: P
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         environment = {"SYNTHIA_DATA": str(folder)}
         keys = {
-            "light": make_key("light", environment),
-            "heavy": make_key("heavy", environment),
-            "three": make_key("three", environment, "--weight", "3"),
-            "one": make_key("one", environment),
+            "light": make_key("light", data=folder),
+            "heavy": make_key("heavy", data=folder),
+            "three": make_key("three", "--weight", "3", data=folder),
+            "one": make_key("one", data=folder),
         }
         urls = {}
         for name, more in options.items():
@@ -96,12 +96,6 @@ def main(rounds: int, max_num_seqs: int, step_tokens: tuple[int, ...], output: P
     output.write_text(json.dumps(report, indent=1) + "\n")
     console.print(table(report))
     console.print(f"written to {output}", highlight=False)
-
-
-def make_key(user: str, environment: dict[str, str], *options: str) -> str:
-    command = [sys.executable, "-m", "synthia_vllm", "keys", "create", "--user", user, *options]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 async def measure(url: str, keys: dict[str, str], requests_beside: int, *, warm_up: bool) -> dict[str, Any]:

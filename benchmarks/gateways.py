@@ -24,11 +24,11 @@ import click
 import uvloop
 from rich.console import Console
 
-from benchmarks import rounds as interleaved
-from benchmarks.load.processes import RunningServer, running
-from benchmarks.null_tokenizer import write
-from benchmarks.serving import machine
-from benchmarks.streams import chat, load, port_of, processor_seconds
+from synthia_vllm.bench import rounds as interleaved
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.null.tokenizer import write
+from synthia_vllm.bench.processes import RunningServer, running
+from synthia_vllm.bench.streams import chat, load, port_of, processor_seconds
 from synthia_vllm.free_ports import free_port
 
 COST, TTFT, LATE, MEMORY = "processor, µs a token", "TTFT p50, ms", "TTFT p99, ms", "memory, MB"
@@ -58,7 +58,7 @@ def main(smg: str | None, rounds: int, streams: int, rate: float, tokens: int, s
         console.print("left out: smg is not installed; name its folder with --smg", style="yellow", highlight=False)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="synthia-bench-")))
-        null = [sys.executable, "-m", "benchmarks.null_engine", "--tokens-per-second", str(rate)]
+        null = [sys.executable, "-m", "synthia_vllm.bench.null.engine", "--tokens-per-second", str(rate)]
         engine = stack.enter_context(running("engine", null, {}, folder))
         servers = {"engine": engine}
         for name, (command, environment) in commands(engine.url, folder, smg).items():

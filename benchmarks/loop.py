@@ -26,8 +26,8 @@ import uvloop
 from rich.console import Console
 
 from benchmarks.loop_cases import Case, cases
-from benchmarks.rounds import Results, add, report, write
-from benchmarks.serving import machine
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.rounds import Results, add, report, write
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.edge.listener import DrainingServer, bind, settle_memory
 from synthia_vllm.gateway.observers.log import configure_logging

@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.null_faults import Faults
-from benchmarks.null_port import NullEnginePort
-from benchmarks.streams import CHAT, COMPLETIONS
 from synthia_vllm.api.base import MAX_SEQUENCES, MAX_STOP_CHARACTERS
 from synthia_vllm.api.conversation import MAX_MESSAGES
+from synthia_vllm.bench.null.faults import Faults
+from synthia_vllm.bench.null.port import NullEnginePort
+from synthia_vllm.bench.streams import CHAT, COMPLETIONS
 from synthia_vllm.engine.demo import NAME, demo_model
 from synthia_vllm.engine.grammar import MAX_DEPTH
 from synthia_vllm.engine.local import LocalEngine

@@ -17,9 +17,9 @@ import click
 
 from benchmarks import cache_sharing, chaos, cluster, cost, eval_agreement, eval_speed, exporter, fairness, serving
 from benchmarks.gpu import table as gpu
-from benchmarks.load import quoted
-from benchmarks.load.run_file import read
-from benchmarks.load.summary import Summary
+from synthia_vllm.bench import quoted
+from synthia_vllm.bench.run_file import read
+from synthia_vllm.bench.summary import Summary
 from synthia_vllm.engine.profiles import FOLDER, read_profile
 
 ROOT = Path(__file__).parents[1]

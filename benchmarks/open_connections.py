@@ -22,10 +22,10 @@ import click
 import uvloop
 from rich.console import Console
 
-from benchmarks import rounds as interleaved
-from benchmarks.load.processes import running
-from benchmarks.serving import machine
-from benchmarks.streams import chat, load, port_of
+from synthia_vllm.bench import rounds as interleaved
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.processes import running
+from synthia_vllm.bench.streams import chat, load, port_of
 
 LATE, TTFT = "TTFT p95, ms", "TTFT p50, ms"
 TARGET = 1.5
@@ -98,7 +98,7 @@ def main(rounds: int, count: int, users: int, output: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results: interleaved.Results = {}
     with tempfile.TemporaryDirectory(prefix="synthia-bench-") as folder:
-        command = [sys.executable, "-m", "benchmarks.stack", "--tokens-per-second", str(RATE)]
+        command = [sys.executable, "-m", "synthia_vllm.bench.stack", "--tokens-per-second", str(RATE)]
         with running("gateway", command, {"SYNTHIA_DATA": folder}, Path(folder)) as gateway:
             port = port_of(gateway.url)
             for number in range(-1, rounds):  # round -1 warms up and is not counted

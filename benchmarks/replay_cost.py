@@ -14,8 +14,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks import rounds as interleaved
-from benchmarks.serving import machine
+from synthia_vllm.bench import rounds as interleaved
+from synthia_vllm.bench.machine import machine
 from synthia_vllm.engine.arguments import CPU_WORKER, cpu_environment
 from synthia_vllm.engine.demo import demo_model
 

@@ -23,8 +23,8 @@ from typing import Any
 import aiohttp
 import click
 
-from benchmarks.chaos_demo import PROMPTS, PidList, kill_one, pid_command
-from benchmarks.serving import machine
+from synthia_vllm.bench.chaos_demo import PROMPTS, PidList, kill_one, pid_command
+from synthia_vllm.bench.machine import machine
 
 KINDS = ("ids", "seed", "penalties", "json")
 APIS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")

@@ -21,8 +21,8 @@ from typing import Any
 import click
 import psutil
 
-from benchmarks.cluster import up
 from benchmarks.disruption_load import Clients, Request, figures
+from synthia_vllm.bench.ray_cluster import up
 from synthia_vllm.cluster import local
 from synthia_vllm.cluster.config import ENGINE, GATEWAY, ray_environment
 from synthia_vllm.cluster.rest import ReplicaStatus, ServeApi, applications

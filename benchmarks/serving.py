@@ -15,8 +15,6 @@ import asyncio
 import io
 import json
 import os
-import platform
-import re
 import signal
 import statistics
 import sys
@@ -31,8 +29,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import processes
 from synthia_vllm import __version__
+from synthia_vllm.bench import processes
+from synthia_vllm.bench.machine import machine
 from synthia_vllm.engine.arguments import EnginePlan, plan_engine
 from synthia_vllm.engine.hardware import inspect_machine
 from synthia_vllm.prompt import SAMPLING_DEFAULTS, STOP_STRINGS
@@ -198,18 +197,6 @@ def ratios(results: Mapping[str, Mapping[str, list[float]]]) -> dict[str, dict[s
                 "max": round(max(values), 3),
             }
     return found
-
-
-def machine() -> dict[str, Any]:
-    found = inspect_machine()
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "cpu": model.group(1) if model else platform.processor(),
-        "cpus": found.cpus,
-        "memory_gib": round(found.memory_total / 2**30, 1),
-        "gpus": [gpu.name for gpu in found.gpus],
-        "python": platform.python_version(),
-    }
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:

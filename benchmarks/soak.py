@@ -31,13 +31,13 @@ import click
 import uvloop
 from rich.console import Console
 
-from benchmarks.chaos import many_files
-from benchmarks.serving import machine
 from benchmarks.soak_bill import Tokens, compare, gaps, rows
 from benchmarks.soak_house import House, Say, engine, house, stores
 from benchmarks.soak_users import AT_ONCE, KINDS, Users, kind_of
 from benchmarks.soak_watch import GENERATED, PROMPT, Server, Watch, fds_at_rest, until_at_rest
 from synthia_vllm import __version__
+from synthia_vllm.bench.chaos import many_files
+from synthia_vllm.bench.machine import machine
 
 _WARM_S = 20.0  # of load before file descriptors at rest are counted for the first time
 _REST_S = 120.0  # for a lease of the limits to end, and a store's time-outs

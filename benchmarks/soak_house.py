@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.load import processes
 from benchmarks.soak_stores import Store, faults, postgres_in, redis_in, running
 from benchmarks.soak_users import AT_ONCE, KINDS, Client, Users, capped, name_of
 from benchmarks.soak_watch import Server, Watch, engines
+from synthia_vllm.bench import processes
 from synthia_vllm.engine.demo import demo_model
 from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.store.database import open_database

@@ -16,9 +16,9 @@ import aiohttp
 import click
 from rich.console import Console
 
-from benchmarks import rounds as interleaved
-from benchmarks.load.processes import running
-from benchmarks.serving import machine
+from synthia_vllm.bench import rounds as interleaved
+from synthia_vllm.bench.machine import machine
+from synthia_vllm.bench.processes import running
 
 _SERVE = [sys.executable, "-m", "synthia_vllm", "serve", "--log-file", "-"]
 _FORK = {"forked": "true", "spawned": "false"}

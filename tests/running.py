@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.null_tokenizer import write
+from synthia_vllm.bench.keys import make_key
+from synthia_vllm.bench.null.tokenizer import write
 from synthia_vllm.free_ports import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ class Running:
     def start(self) -> "Running":
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(
-                self.words, cwd=ROOT, env={**os.environ, **self.environment}, stdout=stream, stderr=stream
+                self.words, env={**os.environ, **self.environment}, stdout=stream, stderr=stream
             )
         until(self._up, f"{self.words[1:]} answers", self.start_timeout)
         return self
@@ -88,7 +89,7 @@ class Running:
 def null_engine(log: Path, *options: str) -> Running:
     """Not started yet."""
     port = free_port()
-    words = [sys.executable, "-m", "benchmarks.null_engine", "--port", str(port), *options]
+    words = [sys.executable, "-m", "synthia_vllm.bench.null.engine", "--port", str(port), *options]
     return Running(words, port, "/health", log=log)
 
 
@@ -103,7 +104,4 @@ def gateway(folder: Path, upstreams: list[Running], *options: str) -> Running:
 
 def new_key(folder: Path, user: str, *options: str) -> str:
     """A key in the folder of a gateway."""
-    command = [sys.executable, "-m", "synthia_vllm", "keys", "create", "--user", user, *options]
-    environment = {**os.environ, "SYNTHIA_DATA": str(folder / "data")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return make_key(user, *options, data=folder / "data")

@@ -16,10 +16,10 @@ from benchmarks.gpu.goodput import Objective, goodput
 from benchmarks.gpu.search import Found, Options, Trial
 from benchmarks.gpu.servers import DUMMY, FP8, Bench, Fleet, Variant
 from benchmarks.gpu.tune import held_against_defaults, profile_of
-from benchmarks.load.clients import Clients, client_processes
-from benchmarks.load.interleaving import rotated, warm_up
-from benchmarks.load.measuring import Terms
-from benchmarks.load.peers import Say, Up
+from synthia_vllm.bench.clients import Clients, client_processes
+from synthia_vllm.bench.interleaving import rotated, warm_up
+from synthia_vllm.bench.measuring import Terms
+from synthia_vllm.bench.peers import Say, Up
 from synthia_vllm.engine.profiles import write_profile
 
 CANDIDATES: Sequence[Options] = (

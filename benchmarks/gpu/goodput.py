@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.load.client import Target
-from benchmarks.load.clients import Clients
-from benchmarks.load.measuring import Terms, measure
-from benchmarks.load.prompts import Span
-from benchmarks.load.run_file import Measurement
-from benchmarks.load.slo import Search, bisect
-from benchmarks.load.workloads import OpenLoop
+from synthia_vllm.bench.client import Target
+from synthia_vllm.bench.clients import Clients
+from synthia_vllm.bench.measuring import Terms, measure
+from synthia_vllm.bench.prompts import Span
+from synthia_vllm.bench.run_file import Measurement
+from synthia_vllm.bench.slo import Search, bisect
+from synthia_vllm.bench.workloads import OpenLoop
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.load.roofline import bound, mean_context
-from benchmarks.load.run_file import Roofline, Run
-from benchmarks.load.summary import METRICS, Load, Summary, tokens_of
+from synthia_vllm.bench.roofline import bound, mean_context
+from synthia_vllm.bench.run_file import Roofline, Run
+from synthia_vllm.bench.summary import METRICS, Load, Summary, tokens_of
 
 # Ours, theirs, streams (None: each), at least. From the issue that asked for this kit.
 TARGETS: tuple[tuple[str, str, int | None, float], ...] = (

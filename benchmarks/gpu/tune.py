@@ -10,9 +10,9 @@ from benchmarks.gpu.goodput import Objective, goodput
 from benchmarks.gpu.search import Found, Options, Trial, search
 from benchmarks.gpu.servers import DUMMY, Bench, Variant, serving
 from benchmarks.gpu.table import GAIN
-from benchmarks.load.interleaving import warm_up
-from benchmarks.load.measuring import Terms
-from benchmarks.load.peers import Say, Up
+from synthia_vllm.bench.interleaving import warm_up
+from synthia_vllm.bench.measuring import Terms
+from synthia_vllm.bench.peers import Say, Up
 from synthia_vllm.engine.memory import read_config
 from synthia_vllm.engine.profiles import Profile, geometry_of, hardware_of, write_profile
 from synthia_vllm.engine.vllm_seams import installed_vllm

@@ -1,4 +1,4 @@
-"""`synthia-vllm bench`: the load benchmark. Each subcommand is a module of `benchmarks.load`, imported when it runs."""
+"""`synthia-vllm bench`: the load benchmark. Each subcommand is a module of `bench`, imported when it runs."""
 
 import click
 
@@ -6,14 +6,14 @@ from synthia_vllm.cli.lazy import LazyGroup
 
 # name: (module, one line of help). A subcommand is its module's `command`.
 SUBCOMMANDS = {
-    "run": ("benchmarks.load.run", "Load this machine's servers in turn, or one that runs, and write the report."),
-    "url": ("benchmarks.load.url", "Sweep any OpenAI-compatible server from one stream to saturation."),
-    "slo": ("benchmarks.load.slo", "Find the highest rate at which p99 TTFT and p99 ITL hold."),
-    "ceiling": ("benchmarks.load.ceiling", "Find what the serving layer can do with no inference in the way."),
-    "chaos": ("benchmarks.load.chaos", "Kill replicas under load and tell what clients saw."),
-    "report": ("benchmarks.load.report", "Write the report of a run anew."),
-    "compare": ("benchmarks.load.compare", "Hold a run against an older one; fails where it is worse."),
-    "size": ("benchmarks.load.sizing.command", "Find how many replicas a load needs, by simulation."),
+    "run": ("synthia_vllm.bench.run", "Load this machine's servers in turn, or one that runs, and write the report."),
+    "url": ("synthia_vllm.bench.url", "Sweep any OpenAI-compatible server from one stream to saturation."),
+    "slo": ("synthia_vllm.bench.slo", "Find the highest rate at which p99 TTFT and p99 ITL hold."),
+    "ceiling": ("synthia_vllm.bench.ceiling", "Find what the serving layer can do with no inference in the way."),
+    "chaos": ("synthia_vllm.bench.chaos", "Kill replicas under load and tell what clients saw."),
+    "report": ("synthia_vllm.bench.report", "Write the report of a run anew."),
+    "compare": ("synthia_vllm.bench.compare", "Hold a run against an older one; fails where it is worse."),
+    "size": ("synthia_vllm.bench.sizing.command", "Find how many replicas a load needs, by simulation."),
 }
 # In a wheel, an image or a checkout without the benchmark's own packages.
 CURE = 'install synthia-vllm[bench]; in a checkout of the repository `make bench` does, and takes ARGS="more options"'

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cache_sharing import MODES, PROMPT_TOKENS, markdown, summary, system_prompt, verdict
-from benchmarks.null_tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
 
 ROOT = Path(__file__).parents[2]
 NONE_CACHED = {"other": [0.0] * 20}

@@ -9,11 +9,11 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner
 
-from benchmarks.checked_crowd import Told, crowd
-from benchmarks.checked_stream import COMPLETIONS, numbered
 from benchmarks.crowds import Loss, loss_figures, main, missed
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_faults import Faults
+from synthia_vllm.bench.checked_crowd import Told, crowd
+from synthia_vllm.bench.checked_stream import COMPLETIONS, numbered
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.faults import Faults
 from tests.gateway.live import serving
 
 LENGTHS: dict[str, Any] = {"tokens": (4, 6), "prompts": (30, 40)}

@@ -11,6 +11,7 @@ from benchmarks import cost, gateways
 from benchmarks.api_process import fields
 from benchmarks.loop import TARGET_MS, Lateness, tick
 from benchmarks.loop_cases import BODY, CONTEXT, Case, KnownPrompts, cases, null
+from synthia_vllm.bench import ceiling
 from synthia_vllm.prompt import STOP_STRINGS
 from synthia_vllm.settings import Settings
 
@@ -32,7 +33,7 @@ def test_smg_is_left_out_where_it_is_not_installed(tmp_path: Path, monkeypatch: 
 
 
 def test_no_layer_is_idle_while_its_cost_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in cost._FULL.items():
+    for name, value in ceiling._FULL.items():
         monkeypatch.setenv(name, value)
     settings = Settings()
     assert settings.access.mode == "keys"
@@ -42,12 +43,12 @@ def test_no_layer_is_idle_while_its_cost_is_measured(monkeypatch: pytest.MonkeyP
 
 def test_the_summary_of_costs_compares_within_rounds() -> None:
     results = {
-        cost.RATES: {"bare": [100.0, 50.0], "stack": [50.0, 50.0]},
-        cost.COST: {"stack": [10.0, 20.0]},
-        cost.TTFT: {"bare": [1.0, 2.0], "stack": [2.0, 4.0]},
-        cost.MEMORY: {"stack": [23.0]},
+        ceiling.RATES: {"bare": [100.0, 50.0], "stack": [50.0, 50.0]},
+        ceiling.COST: {"stack": [10.0, 20.0]},
+        ceiling.TTFT: {"bare": [1.0, 2.0], "stack": [2.0, 4.0]},
+        ceiling.MEMORY: {"stack": [23.0]},
     }
-    found = cost.summary(results)
+    found = ceiling.summary(results)
     assert found["stack / bare"] == 0.75
     assert found["added to the median TTFT, ms"] == 1.5
     assert "| stack: KB a stream | 23.0 |" in cost.markdown({"summary": found})

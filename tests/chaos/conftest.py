@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.replica_set import ReplicaSet
+from synthia_vllm.bench.replica_set import ReplicaSet
 from tests.chaos.house import REPLICAS, TOKENS_PER_SECOND
 
 PACE = ["--tokens-per-second", str(TOKENS_PER_SECOND)]

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.checked_stream import CHAT, COMPLETIONS, CheckedStream, numbered, run_stream
-from benchmarks.null_tokenizer import null_tokenizer
-from benchmarks.replica_set import Replica, ReplicaSet
+from synthia_vllm.bench.checked_stream import CHAT, COMPLETIONS, CheckedStream, numbered, run_stream
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
+from synthia_vllm.bench.replica_set import Replica, ReplicaSet
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.edge.listener import DrainingServer, bind

@@ -1,6 +1,5 @@
-"""`python -m benchmarks.chaos`, small: the command, its report, and that it ends what it started."""
+"""`synthia-vllm bench chaos`, small: the command, its report, and that it ends what it started."""
 
-import json
 import subprocess
 import sys
 import time
@@ -9,13 +8,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from synthia_vllm.bench.run_file import read
+
 pytestmark = pytest.mark.chaos
 
 SMALL = ["--streams", "30", "--replicas", "3", "--seconds", "3", "--every", "1", "--tokens-per-second", "40"]
 
 
 def start(output: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "benchmarks.chaos", *SMALL, "--output", str(output)]
+    command = [sys.executable, "-m", "synthia_vllm", "bench", "chaos", *SMALL, "--output", str(output)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -23,7 +24,8 @@ def test_no_stream_breaks(tmp_path: Path) -> None:
     process = start(tmp_path / "chaos.json")
     told, _ = process.communicate(timeout=120)
     assert process.returncode == 0, told
-    report = json.loads((tmp_path / "chaos.json").read_text())
+    report = read(tmp_path / "chaos.json").chaos
+    assert report is not None
     found = report["scenarios"]["null"]
     assert found["summary"]["broken streams"] == 0
     assert found["summary"]["kills"] >= 1

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.checked_stream import COMPLETIONS, numbered, run_stream
-from benchmarks.fairness import make_key
-from benchmarks.gateway_figures import state
-from benchmarks.replica_set import ReplicaSet
-from benchmarks.streams import wait_for
+from synthia_vllm.bench.checked_stream import COMPLETIONS, numbered, run_stream
+from synthia_vllm.bench.gateway_figures import state
+from synthia_vllm.bench.keys import make_key
+from synthia_vllm.bench.replica_set import ReplicaSet
+from synthia_vllm.bench.streams import wait_for
 from synthia_vllm.free_ports import free_port
 from tests.chaos.house import STREAMS, TOKENS, assert_whole, until
 
@@ -43,7 +43,7 @@ async def test_kill_9_of_the_gateway(
     words = ["--limits.concurrent-requests", "100000"]
     if shared:
         words += ["--limits.redis", request.getfixturevalue("redis_url")]
-    key = make_key("ops", {}, "--admin")
+    key = make_key("ops", "--admin")
     port, log = free_port(), tmp_path / "gateway.log"
     url = f"http://127.0.0.1:{port}"
     wanted = [numbered(COMPLETIONS, f"{number}: what is an orca?", TOKENS) for number in range(STREAMS)]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.replica_set import ReplicaSet
+from synthia_vllm.bench.replica_set import ReplicaSet
 from tests.chaos.conftest import PACE
 from tests.chaos.house import FULL, REPLICAS, STREAMS, Both, assert_whole, house, until
 from tests.chaos.network import FAR, Impossible, Line, need_root

@@ -6,9 +6,9 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from benchmarks.checked_stream import COMPLETIONS, numbered, run_stream
-from benchmarks.null_tokens import expected
-from benchmarks.replica_set import ReplicaSet
+from synthia_vllm.bench.checked_stream import COMPLETIONS, numbered, run_stream
+from synthia_vllm.bench.null.tokens import expected
+from synthia_vllm.bench.replica_set import ReplicaSet
 from tests.chaos.conftest import PACE
 from tests.chaos.house import REPLICAS, STREAMS, TOKENS, assert_whole, house, resumes, until
 

@@ -13,8 +13,8 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
-from benchmarks.checked_stream import COMPLETIONS, CheckedStream, numbered, run_stream
-from benchmarks.replica_set import ReplicaSet
+from synthia_vllm.bench.checked_stream import COMPLETIONS, CheckedStream, numbered, run_stream
+from synthia_vllm.bench.replica_set import ReplicaSet
 from synthia_vllm.free_ports import free_port
 from synthia_vllm.gateway.store import ledger as ledger_module
 from synthia_vllm.gateway.store.database import open_database

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.null_engine import NullEngine
+from synthia_vllm.bench.null.engine import NullEngine
 from tests.gateway.live import exchange, serving
 
 

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.cli.top import TopError, _replicas, _users, command, spark
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import Settings

@@ -95,7 +95,7 @@ def test_what_costs_too_much_or_is_none_is_refused(bad: dict[str, Any], why: str
     began = time.process_time()
     with pytest.raises(RequestError, match=why) as refused:
         check_grammar(bad, param="response_format")
-    assert time.process_time() - began < 0.05
+    assert time.process_time() - began < 2  # to compile them takes far longer, or all memory
     assert (refused.value.status, refused.value.param) == (400, "response_format")
 
 

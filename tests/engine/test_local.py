@@ -10,7 +10,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from benchmarks.null_tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
 from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.local import LocalEngine, positions, sampling_params
 from synthia_vllm.engine.port import Delta, Generation, Position, Sampling, TokenLogprob

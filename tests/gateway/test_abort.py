@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.null_port import NullEnginePort
 from synthia_vllm.api.abort import PATH
+from synthia_vllm.bench.null.port import NullEnginePort
 from tests.gateway.asgi import Answer
 from tests.gateway.whole import BODIES, CHAT, COMPLETIONS, GENERATING, LENGTH, House, house
 

@@ -7,7 +7,7 @@ import pytest
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import Overloaded
 from synthia_vllm.gateway.app import METHODS

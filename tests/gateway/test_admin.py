@@ -10,7 +10,7 @@ import httpx
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.cli.keys import list_keys
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.app import Gateway

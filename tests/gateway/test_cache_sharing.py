@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_faults import Faults
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.faults import Faults
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Engine
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.app import Gateway, without_users

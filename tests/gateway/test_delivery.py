@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from benchmarks.null_port import NullEnginePort
 from synthia_vllm.api.base import Counts
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Delta, Generation
 from synthia_vllm.errors import RequestError, UpstreamLost
 from synthia_vllm.gateway.delivery import ClientLeft, Delivery

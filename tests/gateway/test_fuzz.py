@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.gateway.admin import build_admin
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import AccessSettings, Settings

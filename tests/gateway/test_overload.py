@@ -6,7 +6,7 @@ from collections import Counter
 
 import psutil
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.fair.layer import FairQueue
 from synthia_vllm.gateway.fair.scheduler import Scheduler

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.limits.base import Standing
 from tests.gateway.live import serving

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.null_faults import Faults
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.faults import Faults
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine import local
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway import readiness

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.errors import RequestError, UpstreamLost
 from synthia_vllm.gateway.meter import Meter
 from synthia_vllm.gateway.sequences import Sequences

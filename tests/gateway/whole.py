@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.app import Gateway

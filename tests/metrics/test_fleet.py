@@ -12,7 +12,7 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from benchmarks.null_engine import NullEngine
+from synthia_vllm.bench.null.engine import NullEngine
 from synthia_vllm.metrics import fleet as fleet_module
 from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
 from synthia_vllm.metrics.exposition import Exposition

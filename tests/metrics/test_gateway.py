@@ -13,7 +13,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.metrics.cells import quantile
 from synthia_vllm.settings import Settings

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from benchmarks.null_engine import NullEngine
+from synthia_vllm.bench.null.engine import NullEngine
 from synthia_vllm.metrics.sidecar import Sidecar
 from tests.gateway.asgi import post
 from tests.gateway.live import serving

@@ -9,9 +9,9 @@ from typing import Any
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_tokenizer import null_tokenizer
-from benchmarks.null_tokens import expected
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokens import expected
 from synthia_vllm.engine.port import Delta, Engine, Generation, Sampling
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.replicas.pool import ReplicaPool

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.null_tokenizer import null_tokenizer
-from benchmarks.null_tokens import BOS, EOS
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokens import BOS, EOS
 from synthia_vllm.engine.tokenizer import TextStream
 
 PROMPT = [BOS, 10, 20, 30]

@@ -7,11 +7,11 @@ import pytest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp
 
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_faults import Faults
-from benchmarks.null_port import NullEnginePort
-from benchmarks.null_tokenizer import backend
-from benchmarks.null_tokens import BOS, SPECIAL, prompt_ids
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.faults import Faults
+from synthia_vllm.bench.null.port import NullEnginePort
+from synthia_vllm.bench.null.tokenizer import backend
+from synthia_vllm.bench.null.tokens import BOS, SPECIAL, prompt_ids
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import RequestError, UpstreamLost

@@ -6,9 +6,9 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_tokenizer import null_tokenizer
-from benchmarks.null_tokens import BOS
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokens import BOS
 from synthia_vllm.engine.port import Generation, Sampling
 from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.replicas.completions import CompletionsReply

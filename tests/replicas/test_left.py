@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from starlette.types import ASGIApp
 
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_tokenizer import null_tokenizer
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
 from synthia_vllm.engine.port import Engine
 from synthia_vllm.engine.tokenizer import Tokenizer
 from tests.replicas.engines import Answers, Live, WithoutTokensRoute, asking, event, pool_of, streaming, until

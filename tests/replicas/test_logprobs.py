@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from benchmarks.null_tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.replicas.logprobs import Entry, TokenTexts, positions, wanted
 

@@ -7,8 +7,8 @@ import pytest
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost, UpstreamTimeout
 from synthia_vllm.free_ports import free_port

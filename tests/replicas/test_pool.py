@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.testing import capture_logs
 
-from benchmarks.null_engine import NullEngine
-from benchmarks.null_faults import Faults
+from synthia_vllm.bench.null.engine import NullEngine
+from synthia_vllm.bench.null.faults import Faults
 from synthia_vllm.engine.port import Affinity, Capacity, Delta
 from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost, UpstreamTimeout
 from tests.replicas.engines import (

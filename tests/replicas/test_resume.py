@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.null_tokenizer import null_tokenizer
-from benchmarks.null_tokens import EOS
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokens import EOS
 from synthia_vllm.engine.port import Generation, Position, Sampling
 from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.replicas.attempt import Attempt, AttemptLost

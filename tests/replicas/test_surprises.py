@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from benchmarks.null_engine import NullEngine
+from synthia_vllm.bench.null.engine import NullEngine
 from synthia_vllm.metrics.exporter import Exporter
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.recorder import Recorder, Waiting

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.null_tokenizer import null_tokenizer
+from synthia_vllm.bench.null.tokenizer import null_tokenizer
 from synthia_vllm.engine.port import Generation, Sampling
 from synthia_vllm.replicas.transcript import StopSearch, Transcript
 

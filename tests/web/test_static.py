@@ -5,7 +5,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.edge.routes import Routes
 from synthia_vllm.prompt import SYSTEM_PROMPTS

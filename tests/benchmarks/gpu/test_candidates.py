@@ -12,9 +12,9 @@ from benchmarks.gpu import candidates
 from benchmarks.gpu.candidates import DEFAULT, Quick, tune_within
 from benchmarks.gpu.geometry import TINY, make_model
 from benchmarks.gpu.servers import Bench, Variant
-from benchmarks.load.client import Target
-from benchmarks.load.peers import Up
-from benchmarks.load.run_file import Server
+from synthia_vllm.bench.client import Target
+from synthia_vllm.bench.peers import Up
+from synthia_vllm.bench.run_file import Server
 from synthia_vllm.engine.hardware import GIB, Gpu, Machine
 from synthia_vllm.engine.profiles import read_profile
 

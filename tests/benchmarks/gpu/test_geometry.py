@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.geometry import SYNTHIA, TINY, make_model, tensors
-from benchmarks.load.roofline import needs
+from synthia_vllm.bench.roofline import needs
 
 
 def test_synthias_weights_are_those_of_the_card() -> None:

@@ -11,8 +11,8 @@ from benchmarks.gpu import servers, short
 from benchmarks.gpu.geometry import TINY, make_model
 from benchmarks.gpu.measure import OURS, OURS_FP8, VLLM, VLLM_FP8, Loads
 from benchmarks.gpu.servers import Bench, Variant
-from benchmarks.load.peers import Up
-from benchmarks.load.run_file import Server
+from synthia_vllm.bench.peers import Up
+from synthia_vllm.bench.run_file import Server
 from synthia_vllm.engine.hardware import GIB, Gpu, Machine
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, 80000 * 2**20)

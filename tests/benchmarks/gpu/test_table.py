@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.gpu.table import markdown, results
 from benchmarks.gpu.versions import judge
-from benchmarks.load.run_file import Measurement, Request, Roofline, Run, Server
+from synthia_vllm.bench.run_file import Measurement, Request, Roofline, Run, Server
 from synthia_vllm.errors import SetupError
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import Settings
 from tests.gateway.live import exchange, serving

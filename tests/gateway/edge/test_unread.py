@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import TimeoutSettings

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.fair.layer import FairQueue

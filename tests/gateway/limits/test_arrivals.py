@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import redis
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.app import Gateway

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.limits import billed

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
-from benchmarks.null_port import NullEnginePort
+from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.engine.server import _watch_engine
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.edge.listener import DrainingServer, bind

@@ -1,0 +1,40 @@
+"""Which of the optional fields a server takes, found by asking it: any OpenAI-compatible server can be measured."""
+
+import time
+from dataclasses import replace
+
+from synthia_vllm.bench.client import OPTIONAL, Call, Client, Patience, Target
+from synthia_vllm.bench.run_file import Request
+
+_TOKENS = 24
+# A model that may stop answers this in a word or two.
+_CALL = "Answer with the one word yes."
+_PATIENCE = Patience(first_s=120.0, between_s=60.0)
+
+
+class ProbeError(Exception):
+    """The server answers no request, whatever is left out; in its own words."""
+
+
+async def probe(target: Target, *, chat: bool) -> Target:
+    """The target with what it does not take in `omit`. Raises ProbeError."""
+    first: Request | None = None
+    for count in range(len(OPTIONAL) + 1):
+        tried = replace(target, omit=frozenset(OPTIONAL[:count]))
+        found = await _ask(tried, chat=chat)
+        first = first or found
+        if found.error is None:
+            return tried
+        if found.error == "short":  # taken, and not heeded
+            return replace(tried, omit=tried.omit | {"ignore_eos", "min_tokens"})
+        if found.status not in (400, 422):
+            break
+    assert first is not None
+    raise ProbeError(f"{first.error}: {first.detail}" if first.detail else str(first.error))
+
+
+async def _ask(target: Target, *, chat: bool) -> Request:
+    messages = ({"role": "user", "content": _CALL},)
+    call = Call(_TOKENS, messages=messages) if chat else Call(_TOKENS, prompt=_CALL)
+    async with Client(target, patience=_PATIENCE) as client:
+        return await client.send(call, start=time.perf_counter(), due_s=0.0)
