@@ -17,23 +17,24 @@ _LOOK_S = 2.0
 
 
 def register() -> None:
-    """Ties the engine's processes to the server that started them, and to nothing else; for engines that we started.
+    """Puts right what vLLM's batch mixes up between users, and ties the engine's processes to the server alone.
 
-    Out of the terminal's process group: Ctrl-C reaches every process of the group at once, and vLLM's workers then end
+    For engines that we started: the former in each of their processes (`token_masks`), those on other nodes included,
+    which are Ray's; the latter in those that have a parent. Out of the terminal's process group: Ctrl-C reaches every process of the group at once, and vLLM's workers then end
     in the middle of running requests (`v1/executor/multiproc_executor.py`, `signal_handler`). Only the server may
     decide: it drains first.
 
     And gone with it: an engine core whose server was killed (`kill -9`, out of memory) otherwise waits for requests
     for ever, with the weights and the KV cache in memory that the next one needs.
-
-    Also puts right what vLLM's batch mixes up between users (`token_masks`).
     """
+    if not os.environ.get(ENGINE_VARIABLE):
+        return
+    token_masks.install()
     parent = multiprocessing.parent_process()
-    if not os.environ.get(ENGINE_VARIABLE) or parent is None or os.getpgrp() == os.getpid():
+    if parent is None or os.getpgrp() == os.getpid():
         return
     os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(parent,), name="synthia-end-with-parent", daemon=True).start()
-    token_masks.install()
 
 
 def _end_with(parent: BaseProcess) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of the engine's processes when their parent does not live any more."""
+"""What our plugin does in each of the engine's processes."""
 
 import os
 import signal
@@ -43,3 +43,23 @@ def test_an_engine_ends_with_a_server_that_was_killed(tmp_path: Path, method: st
     server.wait()
     _, alive = psutil.wait_procs([engine], timeout=30)
     assert not alive
+
+
+_WORKER = """
+from synthia_vllm.engine import plugin
+plugin.register()
+plugin.register()
+from vllm.v1.worker.gpu_input_batch import InputBatch
+print("mended:", hasattr(InputBatch.add_request, "__wrapped__"))
+"""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_worker_that_ray_started_is_mended_too(ours: bool) -> None:
+    """It has no parent process. Engines that are not ours are left as they are."""
+    environment = {name: value for name, value in os.environ.items() if name != ENGINE_VARIABLE}
+    environment |= {ENGINE_VARIABLE: "1"} if ours else {}
+    done = subprocess.run(
+        [sys.executable, "-c", _WORKER], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert f"mended: {ours}" in done.stdout
