@@ -15,6 +15,8 @@ import httpx
 import hypothesis
 import pytest
 
+from tests import under_unit
+
 if TYPE_CHECKING:
     from tests.otlp_collector import Collector
 
@@ -59,7 +61,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: "Collector") -> 
     folder = tmp_path_factory.mktemp("serve")
     log, out = folder / "engine.log", folder / "out.txt"
     beside = folder / "vllm.txt"
-    command = [sys.executable, "-m", "tests.vllm_beside", str(beside), "--port", "0", "--log-file", str(log)]
+    # As systemd would run it, where that can be tried.
+    under = [sys.executable, "-m", "tests.under_unit", str(under_unit.UNIT)] if under_unit.can() else []
+    command = [*under, sys.executable, "-m", "tests.vllm_beside", str(beside), "--port", "0", "--log-file", str(log)]
     # In float32 a reply does not depend on what else is computed in its steps.
     command += ["--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1", "--engine.dtype", "float32"]
     # Only requests that bring a trace of their own are traced.

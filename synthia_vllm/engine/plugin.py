@@ -20,7 +20,9 @@ def register() -> None:
     """Puts right what vLLM's batch mixes up between users, and ties the engine's processes to the server alone.
 
     For engines that we started: the former in each of their processes (`token_masks`), those on other nodes included,
-    which are Ray's; the latter in those that have a parent. Out of the terminal's process group: Ctrl-C reaches every process of the group at once, and vLLM's workers then end
+    which are Ray's; the latter in those that have a parent.
+
+    Out of the terminal's process group: Ctrl-C reaches every process of the group at once, and vLLM's workers then end
     in the middle of running requests (`v1/executor/multiproc_executor.py`, `signal_handler`). Only the server may
     decide: it drains first.
 

@@ -1,19 +1,24 @@
 """The unit by systemd's own judgement."""
 
 import re
+import signal
 import socket
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from deploy.generate import FOLDER
 from synthia_vllm.deploy.render import render
 from synthia_vllm.settings import Settings, load_settings
+from tests.conftest import RunningServer
 from tests.running import gateway
 from tests.tools import needed
+from tests.under_unit import UNIT
 
 _MOST = 30  # tenths: 3.0
 
@@ -77,3 +82,36 @@ def test_a_gateway_tells_systemd_that_it_is_ready_alive_and_stopping(tmp_path: P
             while True:
                 rest.append(manager.recv(100))
         assert b"STOPPING=1" in rest
+
+
+_TRIES = """
+import os, socket
+for family in (socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET):
+    try:
+        socket.socket(family, socket.SOCK_RAW if family == socket.AF_NETLINK else socket.SOCK_DGRAM).close()
+        print(family.name, "yes", flush=True)
+    except OSError as error:
+        print(family.name, error.strerror, flush=True)
+os.chroot("/")
+"""
+
+
+def test_the_filters_of_the_tests_are_the_units() -> None:
+    needed("systemd-analyze", "systemd")
+    words = [sys.executable, "-m", "tests.under_unit", str(UNIT), sys.executable, "-c", _TRIES]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    refused = "AF_PACKET Address family not supported by protocol"
+    assert done.stdout.splitlines() == ["AF_INET6 yes", "AF_NETLINK yes", refused], done.stderr
+    assert done.returncode == -signal.SIGSYS, "a privileged call ends the process"
+
+
+@pytest.mark.e2e
+def test_the_engine_runs_under_the_units_filters(server: RunningServer) -> None:
+    """That it started is the test: gloo in the engine's processes wants AF_NETLINK, for one."""
+    needed("systemd-analyze", "systemd")
+    whole = psutil.Process(server.pid)
+    processes = [whole, *whole.children(recursive=True)]
+    assert any("EngineCore" in " ".join(process.cmdline()) for process in processes)
+    for process in processes:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        assert re.search(r"^Seccomp_filters:\t2$", status, re.MULTILINE), process.name()
