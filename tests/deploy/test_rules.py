@@ -12,7 +12,7 @@ from tests.running import ROOT
 
 FOLDER = ROOT / "deploy" / "prometheus"
 RULES = sorted(FOLDER.glob("rules/*.yml"))
-UNIT_TESTS = FOLDER / "tests" / "alerts_test.yml"
+UNIT_TESTS = sorted(FOLDER.glob("tests/*.yml"))
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
@@ -35,14 +35,15 @@ def test_promtool_accepts_the_rules() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_alerts_fire_when_they_should_and_only_then() -> None:
-    done = promtool("test", "rules", str(UNIT_TESTS))
+@pytest.mark.parametrize("path", UNIT_TESTS, ids=lambda path: path.name)
+def test_the_alerts_fire_when_they_should_and_only_then(path: Path) -> None:
+    done = promtool("test", "rules", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("alert", ALERTS)
 def test_each_alert_is_tested_both_ways(alert: str) -> None:
-    tests = yaml.safe_load(UNIT_TESTS.read_text())["tests"]
+    tests = [test for path in UNIT_TESTS for test in yaml.safe_load(path.read_text())["tests"]]
     cases = [case for test in tests for case in test["alert_rule_test"] if case["alertname"] == alert]
     assert {bool(case["exp_alerts"]) for case in cases} == {True, False}
 
