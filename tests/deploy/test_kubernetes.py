@@ -1,5 +1,6 @@
 """The Kubernetes overlays against the API's schemas, KubeRay's and the operators' own."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -29,6 +30,7 @@ _CUSTOM: dict[str, Any] = {
     "ScaledObject": ScaledObject,
 }
 Object = dict[str, Any]
+COMPONENT = "app.kubernetes.io/component"
 
 
 def objects(overlay: str) -> list[Object]:
@@ -74,7 +76,8 @@ def test_the_api_takes_every_object(overlay: str) -> None:
     for one in objects(overlay):
         if one["kind"] in _CUSTOM:
             model = _CUSTOM[one["kind"]].model_validate(one)
-            # These models let unknown fields fall: what is not there again was none.
+            # These models let unknown fields fall: what is not there again was none. KEDA has this one since 2.17.
+            one["spec"].get("fallback", {}).pop("behavior", None)
             assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == one
         elif one["kind"] == "RayService":
             RayServiceSpec.model_validate(one["spec"])
@@ -138,6 +141,57 @@ def test_services_and_budgets_select_pods_that_exist(overlay: str) -> None:
     selectors += [one["spec"]["podSelector"]["matchLabels"] for one in of_kind(overlay, "NetworkPolicy")]
     for selector in selectors:
         assert any(selector.items() <= labels.items() for labels in pods), selector
+
+
+def evictions_allowed(budget: Object, owner: str, pods: int) -> int:
+    """Pods that may be evicted while all of them are healthy, as Kubernetes' disruption controller has it.
+
+    `getExpectedPodCount` and `updatePdbStatus` (kubernetes/pkg/controller/disruption/disruption.go, 1.34): a
+    `maxUnavailable` is of the number that the owner's `/scale` tells; without one the sync fails, and none is allowed.
+    """
+    spec = budget["spec"]
+    if "maxUnavailable" in spec:
+        scales = owner in ("Deployment", "ReplicaSet", "StatefulSet", "ReplicationController")
+        healthy = pods - spec["maxUnavailable"] if scales else pods
+    else:
+        healthy = spec["minAvailable"]
+    return max(pods - healthy, 0)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_node_of_engines_can_be_drained(overlay: str) -> None:
+    budgets = {one["metadata"]["labels"][COMPONENT]: one for one in of_kind(overlay, "PodDisruptionBudget")}
+    if overlay == "keda":
+        assert evictions_allowed(budgets["engine"], "Deployment", 4) == 1
+        return
+    (workers,) = ray_service(overlay)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert evictions_allowed(budgets["engine"], "RayCluster", workers["minReplicas"]) == 1, "and one at a time"
+    assert evictions_allowed(budgets["head"], "RayCluster", 1) == 0, "it takes the cluster along"
+
+
+def test_a_head_that_comes_back_to_its_cluster_may_be_evicted() -> None:
+    settings = load_settings(["--config", str(FOLDER / "kubernetes" / "presets" / "multi-node-tp.yaml")])
+    settings.deploy.gcs_redis = "redis:6379"
+    (text,) = [text for path, text in render("k8s", settings, []).items() if path.endswith("/disruption-budgets.yaml")]
+    assert [one["metadata"]["name"] for one in yaml.safe_load_all(text)] == ["synthia-engine"]
+
+
+def test_what_scales_without_ray_is_left_as_it_is_while_prometheus_is_gone() -> None:
+    (scaled,) = of_kind("keda", "ScaledObject")
+    assert scaled["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
+    policy = scaled["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
+    assert policy["stabilizationWindowSeconds"] == 300
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_prometheus_calls_its_job_what_the_rules_call_it(overlay: str) -> None:
+    (monitor,) = of_kind(overlay, "ServiceMonitor")
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    scraped = [one for one in of_kind(overlay, "Service") if wanted <= one["metadata"]["labels"].items()]
+    assert [one["metadata"]["labels"][monitor["spec"]["jobLabel"]] for one in scraped] == ["synthia"]
+    (rules,) = of_kind(overlay, "PrometheusRule")
+    jobs = set(re.findall(r'job="([^"]+)"', yaml.dump(rules)))
+    assert jobs == {"synthia"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

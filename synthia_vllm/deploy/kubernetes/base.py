@@ -74,16 +74,14 @@ def network_policies(settings: Settings) -> list[Object]:
     ]
 
 
-def disruption_budgets() -> list[Object]:
-    return [
-        {
-            "apiVersion": "policy/v1",
-            "kind": "PodDisruptionBudget",
-            "metadata": pod.meta(f"synthia-{component}", component),
-            "spec": {"maxUnavailable": most, "selector": {"matchLabels": pod.labels(component)}},
-        }
-        for component, most in (("engine", 1), ("head", 0))
-    ]
+def disruption_budget(component: str, rule: dict[str, int]) -> Object:
+    """How many of these pods may be evicted at once, by `maxUnavailable` or `minAvailable`."""
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": pod.meta(f"synthia-{component}", component),
+        "spec": {**rule, "selector": {"matchLabels": pod.labels(component)}},
+    }
 
 
 def service_monitor() -> Object:
@@ -94,6 +92,7 @@ def service_monitor() -> Object:
         "kind": "ServiceMonitor",
         "metadata": pod.meta(pod.NAME),
         "spec": {
+            "jobLabel": "app.kubernetes.io/name",  # `synthia`: what the rules ask for, not the Service's own name
             "selector": {"matchLabels": pod.labels("metrics")},
             "endpoints": [
                 {

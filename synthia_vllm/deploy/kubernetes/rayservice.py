@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from synthia_vllm.cluster.config import ray_environment, serve_config
 from synthia_vllm.deploy.common import image, in_cluster
 from synthia_vllm.deploy.files import to_yaml
-from synthia_vllm.deploy.kubernetes import pod
+from synthia_vllm.deploy.kubernetes import base, pod
 from synthia_vllm.deploy.kubernetes.pod import Object
 from synthia_vllm.deploy.sizing import Sizing
 from synthia_vllm.errors import SetupError
@@ -66,6 +66,17 @@ def _workers(settings: Settings) -> Object:
     most = settings.deploy.nodes
     least = most if settings.cluster.max_replicas is None else min(settings.cluster.min_replicas, 1)
     return {"replicas": least, "minReplicas": least, "maxReplicas": most}
+
+
+def disruption_budgets(settings: Settings) -> list[Object]:
+    """By the number that has to stay: a RayCluster has no /scale, without which Kubernetes knows no `maxUnavailable`.
+
+    Its controller then allows no eviction at all, and a drain hangs (kubernetes/pkg/controller/disruption). A head
+    whose GCS is not kept in Redis takes the cluster along: it is moved on purpose.
+    """
+    engines = base.disruption_budget("engine", {"minAvailable": max(_workers(settings)["minReplicas"] - 1, 0)})
+    head = base.disruption_budget("head", {"minAvailable": 1})
+    return [engines] if settings.deploy.gcs_redis else [engines, head]
 
 
 def _autoscaler(settings: Settings) -> Object:

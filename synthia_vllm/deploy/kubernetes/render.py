@@ -40,7 +40,6 @@ def _base(settings: Settings) -> dict[str, list[Object]]:
         "service-account.yaml": [base.service_account()],
         "gateway.yaml": [base.gateway_service(settings)],
         "network-policies.yaml": base.network_policies(settings),
-        "disruption-budgets.yaml": base.disruption_budgets(),
     }
 
 
@@ -55,8 +54,12 @@ def _servers(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> dic
             "config.yaml": [server.config_map(settings, sizing)],
             "server.yaml": [server.deployment(settings, sizing, vllm_options)],
             "scaled-object.yaml": [server.scaled_object(settings)],
+            "disruption-budgets.yaml": [base.disruption_budget("engine", {"maxUnavailable": 1})],
         }
-    return metrics | {"rayservice.yaml": [rayservice.ray_service(settings, sizing, vllm_options)]}
+    return metrics | {
+        "rayservice.yaml": [rayservice.ray_service(settings, sizing, vllm_options)],
+        "disruption-budgets.yaml": rayservice.disruption_budgets(settings),
+    }
 
 
 def _folder(folder: str, objects: dict[str, list[Object]], *, component: bool = False) -> Files:

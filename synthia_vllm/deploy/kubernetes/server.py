@@ -85,8 +85,18 @@ def scaled_object(settings: Settings) -> Object:
             "minReplicaCount": max(cluster.min_replicas, 1),
             "maxReplicaCount": most,
             "pollingInterval": 15,
-            "cooldownPeriod": int(cluster.downscale_delay_s),
-            "fallback": {"failureThreshold": 4, "replicas": max(cluster.replicas, 1)},
+            # An outage of Prometheus scales nothing down, and up to those that were meant to start with.
+            "fallback": {
+                "failureThreshold": 4,
+                "replicas": max(cluster.replicas, 1),
+                "behavior": "currentReplicasIfHigher",
+            },
+            # Not `cooldownPeriod`, which is about the way to zero alone.
+            "advanced": {
+                "horizontalPodAutoscalerConfig": {
+                    "behavior": {"scaleDown": {"stabilizationWindowSeconds": int(cluster.downscale_delay_s)}}
+                }
+            },
             "triggers": [
                 {
                     "type": "prometheus",
