@@ -143,6 +143,7 @@ class Gateway:
             fleet=Fleet(replicas, headers=replica_headers) if replicas is not None else None,
             wait=settings.metrics.replica_wait_s,
             more=self._ledger_tables,
+            model=lambda: engine.root,
         )
         metrics = Metrics(recorder, prompt_cost=fair.prompt_cost, generated_cost=fair.generated_cost)
         self._tracing = open_tracing(settings.tracing)

@@ -118,13 +118,6 @@ class Histograms:
             self._prefixes[labels] = self._prefix(labels)
         return found
 
-    def total(self) -> list[int]:
-        """Counts by place over all label sets."""
-        counts = [0] * (len(self.family.buckets) + 1)
-        for cell in self.cells.values():
-            counts = [a + b for a, b in zip(counts, cell.counts, strict=True)]
-        return counts
-
     def pieces(self, openmetrics: bool) -> Iterator[str]:
         for labels, cell in list(self.cells.items()):
             *buckets, name, tail = self._prefixes[labels]
@@ -151,17 +144,3 @@ def escape(value: str) -> str:
 def label_text(names: tuple[str, ...], values: tuple[str, ...]) -> str:
     pairs = ",".join(f'{name}="{escape(value)}"' for name, value in zip(names, values, strict=True))
     return f"{{{pairs}}}" if pairs else ""
-
-
-def quantile(bounds: tuple[float, ...], counts: list[int], q: float) -> float | None:
-    """As PromQL's `histogram_quantile`: linear within the bucket, the highest bound above all; None without counts."""
-    total = sum(counts)
-    if not total:
-        return None
-    rank, below, lower = q * total, 0, 0.0
-    for bound, count in zip(bounds, counts, strict=False):
-        if count and below + count >= rank:
-            return lower + (bound - lower) * (rank - below) / count
-        below += count
-        lower = bound
-    return bounds[-1]

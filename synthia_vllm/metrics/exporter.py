@@ -9,10 +9,12 @@ import msgspec
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from starlette.types import Receive, Scope, Send
 
+from synthia_vllm import __version__
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Counts, Table
 from synthia_vllm.metrics.exposition import OPENMETRICS, TEXT, Exposition, read_page, sample_lines
 from synthia_vllm.metrics.fleet import Fleet
+from synthia_vllm.metrics.growth import COUNTERS, Totals
 from synthia_vllm.metrics.history import STEP_S, History
 from synthia_vllm.metrics.live import live_view
 from synthia_vllm.metrics.local import LocalEngine
@@ -37,7 +39,9 @@ class Exporter:
         registry: CollectorRegistry = REGISTRY,
         wait: float = 0.2,
         more: Callable[[], Iterable[Table]] = tuple,
+        model: Callable[[], str | None] = lambda: None,
     ) -> None:
+        """`model`: its folder or its id on the hub, for the live view."""
         self.recorder = recorder
         self.fleet = fleet
         self.history = History(recorder)
@@ -46,6 +50,8 @@ class Exporter:
         self._local = LocalEngine(registry)
         self._wait = wait
         self._more = more
+        self._model = model
+        self._began = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Exporter":
@@ -84,7 +90,10 @@ class Exporter:
 
     def live(self) -> dict[str, Any]:
         """The live view: now, who, and the last 15 minutes."""
-        return live_view(self.recorder, self._waiting(), self.history, self.fleet, self._local)
+        if self.fleet is not None:
+            self.fleet.follow()
+        server = {"model": self._model(), "version": __version__, "uptime_s": time.monotonic() - self._began}
+        return {"server": server} | live_view(self.recorder, self._waiting(), self.history, self.fleet, self._local)
 
     async def _keep(self) -> None:
         began = stepped = time.monotonic()
@@ -97,7 +106,18 @@ class Exporter:
             if self.fleet is not None:
                 await self.fleet.refresh(self._wait)
             waiting = self._waiting()
-            self.history.step(sum(waiting.in_flight.values()), sum(waiting.queued.values()))
+            running, queued = sum(waiting.in_flight.values()), sum(waiting.queued.values())
+            self.history.step(running, queued, self._counted())
+
+    def _counted(self) -> dict[str, Totals]:
+        """What the engines have counted, by engine."""
+        if self.fleet is None:
+            local = self._local.values()
+            return {series.LOCAL: {name: local.get(counter) for name, counter in COUNTERS.items()}}
+        return {
+            replica: {name: engine.page.value(counter) for name, counter in COUNTERS.items()}
+            for replica, engine in self.fleet.engines.items()
+        }
 
 
 class Source(Protocol):

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 from urllib.parse import urlsplit
@@ -34,6 +34,11 @@ class Engine:
     fresh: bool = False  # its last answer came in time
     asking: asyncio.Task[None] | None = field(default=None, repr=False)
 
+    @property
+    def serves(self) -> bool:
+        """Whether it can generate now. One that has never told of itself, as an engine without metrics, is trusted."""
+        return self.view.state in ("up", "draining") and (self.fresh or not self.page.blocks)
+
 
 class Fleet:
     """Asks every replica for its metrics, side by side, never twice at once.
@@ -59,7 +64,7 @@ class Fleet:
         self._session: aiohttp.ClientSession | None = None
 
     async def refresh(self, wait: float) -> None:
-        self._follow(self._source.replicas())
+        self.follow()
         for engine in self.engines.values():
             if engine.asking is None or engine.asking.done():
                 engine.asking = spawn("fleet", self._ask(engine))
@@ -69,7 +74,7 @@ class Fleet:
 
     async def add_to(self, page: Exposition) -> None:
         """Our series on replicas, and all that the replicas told."""
-        self._follow(self._source.replicas())
+        self.follow()
         states, up = Counts(series.REPLICAS), Counts(series.REPLICA_UP)
         counts = Counter(engine.view.state for engine in self.engines.values())
         for state in get_args(ReplicaState):
@@ -94,16 +99,9 @@ class Fleet:
             found.append({"targets": [parts.netloc.rpartition("@")[2]], "labels": labels})
         return found
 
-    async def close(self) -> None:
-        tasks = [engine.asking for engine in self.engines.values() if engine.asking]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
-
-    def _follow(self, views: Sequence[ReplicaView]) -> None:
-        there = {view.name: view for view in views}
+    def follow(self) -> None:
+        """Looks which replicas there are, and in which state; asks none of them."""
+        there = {view.name: view for view in self._source.replicas()}
         now = self._clock()
         for name in self.engines.keys() - there.keys():
             engine = self.engines.pop(name)
@@ -121,6 +119,14 @@ class Fleet:
             (name, gone) for name, gone in self.gone_since.items() if now - gone[0] < _KEEP_GONE_S and name not in there
         ]
         self.gone_since = dict(kept[-_MOST_GONE_SHOWN:])
+
+    async def close(self) -> None:
+        tasks = [engine.asking for engine in self.engines.values() if engine.asking]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
 
     async def _ask(self, engine: Engine) -> None:
         try:

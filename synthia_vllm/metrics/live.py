@@ -38,7 +38,10 @@ def live_view(
             "generation_per_s": sum(generation for _, generation in rates.values()),
             "running": sum(waiting.in_flight.values()),
             "queued": sum(waiting.queued.values()),
+            # Replicas that can generate: with none, the rest tells of nobody.
+            "serving": 1 if fleet is None else sum(engine.serves for engine in fleet.engines.values()),
         },
+        "recent": history.recent(),
         "replicas": _local(local, waiting, rates) if fleet is None else _replicas(fleet, rates),
         "users": _users(recorder, waiting),
         "history": history.as_dict(),

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from synthia_vllm.metrics import series
-from synthia_vllm.metrics.cells import Cap, Counts, Histogram, Histograms, Table, single
+from synthia_vllm.metrics.cells import Cap, Counts, Histograms, Table, single
 from synthia_vllm.metrics.rates import TokenRates
+from synthia_vllm.metrics.sketch import Sketch
 from synthia_vllm.metrics.slo import Budget
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import MetricsSettings, SloSettings
+
+RESULTS = ("requests", "failed", "refused")  # what the live view counts: all that ended, and of them those
 
 
 @dataclass(slots=True)
@@ -43,8 +46,9 @@ class Recorder:
         self.service = Counts(series.FAIR_SERVICE)
         self.rejections = Counts(series.REJECTIONS)
         self.slo_requests = Counts(series.SLO_REQUESTS)
-        # Time to first token without the wait in the queue; for the live view only.
-        self.engine_first_token = Histogram(series.TIME_TO_FIRST_TOKEN.buckets)
+        # For the live view only. `queue` and `engine` are the two parts of `ttft`.
+        self.latencies = {name: Sketch() for name in ("ttft", "queue", "engine", "itl")}
+        self.results = dict.fromkeys(RESULTS, 0)
 
     def user(self, name: str) -> str:
         return self.users.admit(name)

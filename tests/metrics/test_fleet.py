@@ -82,6 +82,29 @@ async def test_only_a_replica_that_takes_requests_is_up(state: ReplicaState) -> 
     await fleet.close()
 
 
+async def test_who_can_generate_now_is_known_without_asking() -> None:
+    source = Source()
+    fleet = Fleet(source)
+    with ExitStack() as running:
+        source.add("a", running.enter_context(serving(NullEngine())))
+        source.add("unasked", 9)
+        source.add("starting", 9, "unproven")
+        fleet.follow()
+        assert [name for name, engine in fleet.engines.items() if engine.serves] == ["a", "unasked"]
+        await fleet.refresh(5.0)
+        assert fleet.engines["a"].serves
+        source.add("a", 9, "draining")
+        fleet.follow()
+        assert fleet.engines["a"].serves
+        source.add("a", 9, "out")
+        fleet.follow()
+        assert not fleet.engines["a"].serves
+        source.add("a", 9)
+        await fleet.refresh(5.0)  # it told of itself before, and no longer does
+        assert not fleet.engines["a"].serves
+    await fleet.close()
+
+
 async def test_a_replica_that_hangs_holds_up_neither_the_scrape_nor_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_module, "ANSWER_S", 0.5)
     release = threading.Event()

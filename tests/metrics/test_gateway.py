@@ -1,21 +1,24 @@
 """A whole gateway around the null engine under a known load: what it tells against what happened."""
 
 import asyncio
-from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from itertools import pairwise
 from pathlib import Path
-from statistics import quantiles
+from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from synthia_vllm import __version__
 from synthia_vllm.bench.null.port import NullEnginePort
+from synthia_vllm.errors import UpstreamTimeout
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.metrics.cells import quantile
+from synthia_vllm.metrics.history import RECENT_STEPS
 from synthia_vllm.settings import Settings
 from tests.gateway.asgi import post
 from tests.prometheus_service import promtool
@@ -27,8 +30,9 @@ TOKENS, PROMPT = 20, [1] * 40
 class Load:
     """A gateway with keys, and its clients."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, engine: NullEnginePort) -> None:
         self.gateway = gateway
+        self.engine = engine
         self.keys = {user: gateway.keys.create(user)[1] for user in USERS}
         self.admin = gateway.keys.create("ops", admin=True)[1]
         self.firsts: list[float] = []
@@ -66,7 +70,7 @@ async def load(tmp_path: Path) -> AsyncIterator[Load]:
     )  # type: ignore[arg-type]
     engine = NullEnginePort(tokens_per_second=100, prefill_s=0.03, context=100_000)
     async with Gateway(engine, settings) as gateway:
-        yield Load(gateway)
+        yield Load(gateway, engine)
 
 
 def samples(text: str, name: str) -> dict[tuple[str, ...], float]:
@@ -134,20 +138,31 @@ async def test_the_counters_equal_the_bill_also_for_those_who_left(load: Load) -
     ]
 
 
-async def test_quantiles_are_within_a_bucket_of_the_clients_own(load: Load) -> None:
+def median_bucket(page: str, name: str) -> tuple[float, float]:
+    """Between which bounds half of all observations are reached, over all label sets."""
+    counts: dict[float, float] = defaultdict(float)
+    for labels, count in samples(page, f"{name}_bucket").items():
+        counts[float(labels[-1])] += count
+    bounds = sorted(counts)
+    place = next(n for n, bound in enumerate(bounds) if counts[bound] >= counts[bounds[-1]] / 2)
+    return (bounds[place - 1] if place else 0.0), bounds[place]
+
+
+async def test_the_histograms_medians_and_the_live_views_are_the_clients_own(load: Load) -> None:
     await asyncio.gather(*(load.ask(user) for user, count in USERS.items() for _ in range(count)))
-    recorder = load.gateway.exporter.recorder
-    for table, measured in (
-        (recorder.first_token, load.firsts),
-        (recorder.gaps, load.gaps),
-        (recorder.duration, load.durations),
+    load.gateway.exporter.history.step(0, 0)
+    page, history = (await load.get("/metrics")).text, (await load.get("/admin/live")).json()["history"]
+    for name, measured, shown in (
+        ("time_to_first_token_seconds", load.firsts, "ttft_p50"),
+        ("inter_token_latency_seconds", load.gaps, "itl_p50"),
+        ("request_duration_seconds", load.durations, None),
     ):
-        bounds = table.family.buckets
-        own = quantiles(measured, n=100, method="inclusive")
-        for q in (50, 90, 99):
-            told = quantile(bounds, table.total(), q / 100)
-            assert told is not None
-            assert abs(bisect_left(bounds, told) - bisect_left(bounds, own[q - 1])) <= 1, (table.family.name, q)
+        own = median(measured)
+        least, most = median_bucket(page, name)
+        assert 0.8 * least <= own <= 1.25 * most, name
+        if shown:
+            assert history[shown][0] == pytest.approx(own, rel=0.1, abs=0.002), name
+            assert 0.98 * least <= history[shown][0] <= 1.02 * most, name
 
 
 async def test_promtool_finds_nothing_to_say_about_our_series(load: Load) -> None:
@@ -196,6 +211,44 @@ async def test_the_live_view_tells_who_and_where(load: Load) -> None:
     assert history["itl_p50"][0] is not None
     assert (view["slo"]["met"], view["slo"]["missed"]) == (3, 0)
     assert view["slo"]["burn_rate"] == {"5m": 0.0, "1h": 0.0, "6h": 0.0}
+
+
+async def test_the_live_view_tells_which_server_and_what_came_of_the_last_requests(load: Load) -> None:
+    exporter = load.gateway.exporter
+    exporter.history.step(0, 0)
+    assert (await load.get("/admin/live")).json()["recent"]["requests"] == 0
+    load.gateway.engine.root = "/models/Synthia-v3.0-11B"
+    assert await load.ask("alice") == 200
+    assert await load.ask("alice", max_tokens=20_000) == 400  # over its limit for a minute by itself: refused
+    assert await load.ask("alice", temperature="hot") == 400
+    load.engine.error = UpstreamTimeout("nothing for too long")
+    assert await load.ask("bob") == 504
+    engine = {"prefix_cache_queries": 1000.0, "prefix_cache_hits": 0.0, "preemptions": 7.0}
+    exporter.history.step(0, 0, {"a": engine})
+    exporter.history.step(0, 0, {"a": {"prefix_cache_queries": 1400.0, "prefix_cache_hits": 300.0, "preemptions": 8.0}})
+    view = (await load.get("/admin/live")).json()
+    assert view["recent"] == {
+        "window_s": 300,
+        "requests": 4,
+        "failed": 1,
+        "refused": 1,
+        "prefix_cache_queries": 400,
+        "prefix_cache_hits": 300,
+        "preemptions": 1,
+    }
+    assert view["server"] == {"model": "/models/Synthia-v3.0-11B", "version": __version__, "uptime_s": ANY}
+    assert view["server"]["uptime_s"] > 0
+    assert view["now"]["serving"] == 1
+
+
+async def test_only_the_last_minutes_are_recent(load: Load) -> None:
+    await load.ask("nobody")
+    history = load.gateway.exporter.history
+    for _ in range(RECENT_STEPS):
+        history.step(0, 0)
+    assert history.recent()["requests"] == 1
+    history.step(0, 0)
+    assert history.recent()["requests"] == 0
 
 
 async def test_the_history_is_bounded(load: Load) -> None:

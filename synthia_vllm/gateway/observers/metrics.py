@@ -7,14 +7,18 @@ at a chat's start, the usage at its end) is none. All of it costs well under 3 Â
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.request import POLLED, Exchange, Observer
 from synthia_vllm.metrics.cells import Count, Histogram
 from synthia_vllm.metrics.rates import Tokens
 from synthia_vllm.metrics.recorder import Recorder
 from synthia_vllm.metrics.series import LOCAL
+from synthia_vllm.metrics.sketch import BOUNDS
 from synthia_vllm.metrics.slo import meets
+
+_LIMITS = frozenset(limit.name for limit in fields(UserLimits))  # also the reason of a 400: it would never get in
 
 
 class Metrics(Observer):
@@ -60,6 +64,7 @@ class Delivery:
     _gaps: Histogram = field(init=False)
     _gap_counts: list[int] = field(init=False)
     _gap_bounds: tuple[float, ...] = field(init=False)
+    _fine_gaps: list[int] = field(init=False)  # of the live view
     _generation: Count = field(init=False)
     _service: Count = field(init=False)
     _tokens: Tokens = field(init=False)
@@ -71,6 +76,7 @@ class Delivery:
             gap = now - self._last
             self._gap_counts[bisect_left(self._gap_bounds, gap)] += 1
             self._gaps.sum += gap
+            self._fine_gaps[bisect_left(BOUNDS, gap)] += 1
             if gap > self._longest:  # noqa: PLR1730  (max() takes three times as long)
                 self._longest = gap
         else:
@@ -78,6 +84,7 @@ class Delivery:
         self._last = now
         if chunks > 1:
             self._gap_counts[0] += chunks - 1
+            self._fine_gaps[0] += chunks - 1
         self._add_generated(tokens)
 
     def end(self) -> None:
@@ -92,6 +99,7 @@ class Delivery:
         recorder.requests.cell(self._user, self._model, exchange.route_name, exchange.outcome).value += 1
         if exchange.outcome == "rejected":
             recorder.rejections.cell(self._user, exchange.reason or "engine").value += 1
+        self._count_result()
         if exchange.request is None:
             return
         if usage.dispatched is not None and exchange.status < 400:
@@ -113,9 +121,11 @@ class Delivery:
         self._first = now
         recorder = self._metrics.recorder
         recorder.first_token.cell(self._model, self._user).observe(now - exchange.arrived, exchange.request_id)
-        recorder.engine_first_token.observe(now - (exchange.usage.dispatched or exchange.arrived))
+        recorder.latencies["ttft"].observe(now - exchange.arrived)
+        recorder.latencies["engine"].observe(now - (exchange.usage.dispatched or exchange.arrived))
         self._gaps = recorder.gaps.cell(self._model, self._user)
         self._gap_counts, self._gap_bounds = self._gaps.counts, self._gaps.bounds
+        self._fine_gaps = recorder.latencies["itl"].counts
         self._observe_wait()
         if exchange.request is not None and exchange.request.prepared.exact:
             self._add_prompt(exchange.usage.prompt)
@@ -162,8 +172,21 @@ class Delivery:
         exchange = self._exchange
         if not self._waited:
             self._waited = True
-            cell = self._metrics.recorder.queue_wait.cell(self._model, self._user)
+            recorder = self._metrics.recorder
+            cell = recorder.queue_wait.cell(self._model, self._user)
             cell.observe(exchange.queue_wait, exchange.request_id)
+            recorder.latencies["queue"].observe(exchange.queue_wait)
+
+    def _count_result(self) -> None:
+        """Of what was asked to generate, or to count. What a client got wrong is no error, and no refusal of ours."""
+        exchange, results = self._exchange, self._metrics.recorder.results
+        if exchange.method != "POST" or exchange.route_name == "/admin":
+            return
+        results["requests"] += 1
+        if exchange.status in (429, 503) or exchange.reason in _LIMITS:
+            results["refused"] += 1
+        elif exchange.outcome in ("failed", "stopped") or exchange.status >= 500:
+            results["failed"] += 1
 
     def _met(self) -> bool | None:
         """Whether its targets were met; None where that is not the service's doing.

@@ -56,7 +56,8 @@ class Bench:
         """Observations by the upper bound of their bucket."""
         table = self.recorder.gaps
         bounds = (*table.family.buckets, float("inf"))
-        return {bound: count for bound, count in zip(bounds, table.total(), strict=True) if count}
+        counts = map(sum, zip(*(cell.counts for cell in table.cells.values()), strict=True))
+        return {bound: count for bound, count in zip(bounds, counts, strict=False) if count}
 
     def judged(self) -> str | None:
         cells = {labels[1]: cell.value for labels, cell in self.recorder.slo_requests.cells.items() if cell.value}
@@ -83,6 +84,25 @@ def test_chunks_that_go_out_together_have_a_gap_and_zeros() -> None:
     bench.send(exchange, 0.04, tokens=3, chunks=3)
     assert bench.gaps() == {0.05: 1, 0.0002: 3}
     assert bench.recorder.gaps.cell("synthia", "alice").sum == pytest.approx(0.04)
+
+
+def test_the_live_views_latencies_are_finer_than_the_buckets() -> None:
+    bench = Bench()
+    exchange = bench.open()
+    bench.now += 0.05
+    exchange.usage.dispatched = bench.now
+    bench.send(exchange, 0.066)
+    for gap in (0.0118, 0.0118, 0.0118, 0.0118, 0.31):
+        bench.send(exchange, gap)
+    bench.send(exchange, 0.0118, tokens=5, chunks=5)
+    bench.end(exchange)
+    told = {name: sketch.take(0.5, 1.0) for name, sketch in bench.recorder.latencies.items()}
+    assert told == {
+        "ttft": pytest.approx([0.116, 0.116], rel=0.01),
+        "queue": pytest.approx([0.05, 0.05], rel=0.01),
+        "engine": pytest.approx([0.066, 0.066], rel=0.01),
+        "itl": pytest.approx([0.0118, 0.31], rel=0.01),
+    }
 
 
 def test_what_is_told_of_one_that_is_not_streamed_is_counted_at_its_end() -> None:
@@ -185,6 +205,40 @@ def test_what_we_refuse_for_want_of_room_is_missed_and_a_clients_own_limit_is_no
     bench = Bench()
     bench.end(bench.open(status=status, accepted=False), "rejected")
     assert bench.judged() == judged
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "reason", "result"),
+    [
+        (200, "finished", "", None),
+        (200, "cancelled", "", None),
+        (200, "failed", "upstream_lost", "failed"),
+        (200, "stopped", "", "failed"),
+        (500, "failed", "internal", "failed"),
+        (502, "rejected", "upstream_lost", "failed"),
+        (504, "failed", "upstream_timeout", "failed"),
+        (429, "rejected", "requests_per_minute", "refused"),
+        (400, "rejected", "tokens_per_minute", "refused"),
+        (503, "rejected", "queue_timeout", "refused"),
+        (503, "failed", "overloaded", "refused"),
+        (400, "rejected", "bad_request", None),
+        (401, "rejected", "unauthorized", None),
+    ],
+)
+def test_errors_and_refusals_are_counted_apart_from_a_clients_own_mistakes(
+    status: int, outcome: str, reason: str, result: str | None
+) -> None:
+    bench = Bench()
+    bench.end(bench.open(status=status, reason=reason, accepted=status == 200), outcome)
+    expected = {"requests": 1, "failed": 0, "refused": 0}
+    assert bench.recorder.results == (expected | {result: 1} if result else expected)
+
+
+@pytest.mark.parametrize("fields", [{"route": "/admin/live"}, {"route": "/v1/models"}, {"route": "/metrics"}])
+def test_who_only_looks_is_no_request_of_the_error_rate(fields: dict[str, str]) -> None:
+    bench = Bench()
+    bench.end(bench.open(method="GET", request=None, accepted=False, **fields))
+    assert bench.recorder.results["requests"] == 0
 
 
 @pytest.mark.parametrize(("streamed", "judged"), [(True, "missed"), (False, None)])
