@@ -17,7 +17,9 @@ from synthia_vllm.errors import SynthiaError
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _CHART = 60  # points: five minutes
+_LATEST = 12  # points: what is older than a minute is not now
 _USERS = 15
+_NO_REPLICA = "no replica is up"
 _STATES = {"up": "green", "unproven": "yellow", "draining": "yellow", "out": "bold red"}
 
 
@@ -71,23 +73,33 @@ def ask(client: Any) -> dict[str, Any]:
 
 def show(view: dict[str, Any]) -> Group:
     """The whole picture of one moment."""
-    return Group(_head(view), _charts(view["history"]), _replicas(view["replicas"]), _users(view["users"]))
+    serving = view["now"]["serving"] > 0
+    charts = _charts(view["history"], serving)
+    return Group(_server(view["server"]), _head(view), charts, _replicas(view["replicas"]), _users(view["users"]))
+
+
+def _server(server: dict[str, Any]) -> RenderableType:
+    model = [server["model"]] if server["model"] else []
+    return Text("   ".join([*model, f"synthia-vllm {server['version']}", f"up for {_span(server['uptime_s'])}"]))
 
 
 def _head(view: dict[str, Any]) -> RenderableType:
-    now, slo = view["now"], view["slo"]
-    judged = slo["met"] + slo["missed"]
+    now, slo, recent = view["now"], view["slo"], view["recent"]
+    tokens = f"{now['generation_per_s']:.1f} tokens/s out, {now['prompt_per_s']:.1f} in"
     parts = [
         f"{datetime.fromtimestamp(view['at']):%H:%M:%S}",
-        f"{now['generation_per_s']:.1f} tokens/s out, {now['prompt_per_s']:.1f} in",
+        tokens if now["serving"] else _NO_REPLICA,
         f"{now['running']} running, {now['queued']} queued",
-        f"SLO {slo['met'] / judged:.2%} of {slo['objective']:.2%}" if judged else "SLO –",
+        f"errors {_part(recent['failed'], recent['requests'])}, refused {_part(recent['refused'], recent['requests'])}",
+        f"prefix cache hits {_part(recent['prefix_cache_hits'], recent['prefix_cache_queries'])}",
+        f"{_number(recent['preemptions'], 0)} preemptions in {recent['window_s'] / 60:.0f} min",
+        f"SLO {_part(slo['met'], slo['met'] + slo['missed'])} of {_percent(slo['objective'])}",
         "burn " + ", ".join(f"{name} {_number(rate, 1)}" for name, rate in slo["burn_rate"].items()),
     ]
     return Text("   ".join(parts), style="bold")
 
 
-def _charts(history: dict[str, Any]) -> RenderableType:
+def _charts(history: dict[str, Any], serving: bool) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     rows = (
         ("tokens/s", "generation_per_s", "", 1.0),
@@ -101,7 +113,9 @@ def _charts(history: dict[str, Any]) -> RenderableType:
     )
     for title, name, unit, factor in rows:
         values = [None if value is None else value * factor for value in history[name][-_CHART:]]
-        last = next((value for value in reversed(values) if value is not None), None)
+        last = next((value for value in reversed(values[-_LATEST:]) if value is not None), None)
+        if not serving and name != "queued":
+            last = None
         table.add_row(title, Text(spark(values), style="cyan"), f"{_number(last, 1)} {unit}")
     return Panel(table, title=f"last {_CHART * history['step_s'] / 60:.0f} minutes", title_align="left")
 
@@ -119,7 +133,7 @@ def _replicas(replicas: list[dict[str, Any]]) -> RenderableType:
             str(replica["in_flight"]),
             _number(replica["running"], 0),
             _number(replica["waiting"], 0),
-            "–" if use is None else f"{use:.0%}",
+            "–" if use is None else _percent(use),
             _number(replica["prompt_per_s"], 1),
             _number(replica["generation_per_s"], 1),
         )
@@ -136,11 +150,11 @@ def _users(users: list[dict[str, Any]]) -> RenderableType:
             user["user"],
             _short(user["prompt_tokens"]),
             _short(user["generation_tokens"]),
-            f"{user['share']:.1%}",
+            _percent(user["share"]),
             str(user["in_flight"]),
             str(user["queued"]),
             _short(user["refused"]),
-            f"{user['slo_met'] / judged:.1%}" if judged else "–",
+            _part(user["slo_met"], judged),
         )
     if len(users) > _USERS:
         table.caption = f"and {len(users) - _USERS} more"
@@ -160,6 +174,30 @@ def spark(values: Sequence[float | None]) -> str:
     most = max((value for value in values if value is not None), default=0.0)
     steps = len(_BARS) - 1
     return "".join(" " if not value or not most else _BARS[max(1, round(value / most * steps))] for value in values)
+
+
+def _percent(value: float) -> str:
+    """A share. Only all is 100 % and only none is 0 %: what would be rounded to them is told as less, or more."""
+    if 0 < value < 0.00005:
+        return "<0.01%"
+    if 0.99995 <= value < 1:
+        return ">99.99%"
+    to_end = min(value, abs(1 - value))
+    text = f"{100 * value:.{2 if to_end < 0.001 else 1}f}"
+    return f"{text.rstrip('0').rstrip('.')}%"
+
+
+def _part(part: float | None, of: float | None) -> str:
+    return _percent(part / of) if part is not None and of else "–"
+
+
+def _span(seconds: float) -> str:
+    """In its two greatest units."""
+    minutes = int(seconds // 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days} d {hours % 24} h"
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 def _short(value: float) -> str:

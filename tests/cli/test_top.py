@@ -1,4 +1,5 @@
 import io
+import re
 from pathlib import Path
 
 import httpx
@@ -7,7 +8,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from synthia_vllm.bench.null.port import NullEnginePort
-from synthia_vllm.cli.top import TopError, _replicas, _users, command, spark
+from synthia_vllm.cli.top import TopError, _percent, _replicas, _users, command, show, spark
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import Settings
 from tests.gateway.live import serving
@@ -32,7 +33,7 @@ def test_it_shows_replicas_and_users_once_without_a_terminal(gateway: Gateway) -
     with serving(gateway.app, beside=gateway) as port:
         httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, headers={"x-api-key": key})
         shown = top(port, "--key", admin)
-    for word in ("local", "up", "alice", "1,234", "tokens/s", "100.0%"):
+    for word in ("local", "up", "alice", "1,234", "tokens/s", "100%"):
         assert word in shown
 
 
@@ -66,6 +67,34 @@ def test_it_says_what_it_needs(gateway: Gateway) -> None:
             top(port, "--key", gateway.keys.create("alice")[1])
     with pytest.raises(TopError, match="does not answer"):
         top(port)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        *((0, "0%"), (1e-6, "<0.01%"), (0.0004, "0.04%"), (0.5, "50%"), (0.996, "99.6%"), (0.9996, "99.96%")),
+        *((0.999996, ">99.99%"), (1, "100%")),
+    ],
+)
+def test_only_all_is_a_hundred_percent(share: float, text: str) -> None:
+    assert _percent(share) == text
+
+
+def test_nothing_of_engines_is_told_while_no_replica_is_up(gateway: Gateway) -> None:
+    history = gateway.exporter.history
+    for name, sketch in gateway.exporter.recorder.latencies.items():
+        sketch.observe({"ttft": 0.1234, "itl": 0.0567}.get(name, 0.01))
+    history.step(running=0, queued=3)
+    view = gateway.exporter.live()
+    console = Console(width=200, record=True, file=io.StringIO())
+    for serving_now in (1, 0):
+        view["now"]["serving"] = serving_now
+        console.print(show(view))
+    first, second = console.export_text().split("up for")[1:]
+    assert re.search(r"TTFT p50.* 12\d\.\d ms", first)
+    assert "no replica is up" not in first
+    assert "no replica is up" in second
+    assert re.search(r"TTFT p50.* – ms", second)
 
 
 def test_a_chart_is_as_high_as_its_greatest_value() -> None:

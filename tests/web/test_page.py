@@ -1,12 +1,15 @@
 """The status page in headless Chromium, on a real server in front of null engines."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import expect
+from playwright.sync_api import Locator, Page, Route, expect
 
+from synthia_vllm import __version__
 from tests.chromium_service import Visit, figure, send
 from tests.running import new_key, until
 from tests.web.conftest import Site
@@ -117,6 +120,93 @@ def test_charts_move_with_the_load(site: Site, visit: Visit) -> None:
     assert visit.problems == []
 
 
+def test_a_share_is_rounded_to_nothing_and_all_only_where_it_is(site: Site, visit: Visit) -> None:
+    visit.page.goto(site.url)
+    shares = [0, 1e-6, 0.0004, 0.004, 0.0994, 0.5, 0.9, 0.95, 0.996, 0.9996, 0.99994, 0.99999, 1, 1.05]
+    assert visit.page.evaluate("shares => shares.map(percent)", shares) == [
+        *("0 %", "< 0.01 %", "0.04 %", "0.4 %", "9.9 %", "50 %", "90 %", "95 %", "99.6 %", "99.96 %", "99.99 %"),
+        *("> 99.99 %", "100 %", "105 %"),
+    ]
+
+
+def tile(page: Page, name: str) -> Locator:
+    return page.locator("#tiles > div").filter(has=page.locator("dt", has_text=re.compile(f"^{name}")))
+
+
+def doctor(page: Page, change: Callable[[dict[str, Any]], None]) -> None:
+    """Shows the page the real live view with some of it changed."""
+
+    def answer(route: Route) -> None:
+        reply = route.fetch()
+        live = reply.json()
+        change(live)
+        route.fulfill(response=reply, json=live)
+
+    page.route("**/admin/live", answer)
+
+
+def test_it_says_which_server_it_is_and_what_came_of_the_last_requests(site: Site, visit: Visit) -> None:
+    def change(live: dict[str, Any]) -> None:
+        live["server"] |= {"model": "/models/Synthia-v3.0-11B/", "uptime_s": 93_784.0}
+        live["recent"] |= {"requests": 1000, "failed": 4, "refused": 120, "preemptions": 7}
+        live["recent"] |= {"prefix_cache_queries": 250, "prefix_cache_hits": 249}
+
+    page = visit.page
+    doctor(page, change)
+    page.goto(site.url)
+    expect(page.locator("#about")).to_have_text(f"Synthia-v3.0-11B · synthia-vllm {__version__} · up for 1 d 2 h")
+    expect(tile(page, "Errors, 5.min")).to_contain_text("0.4 % of 1,000 requests")
+    expect(tile(page, "Refused, 5.min")).to_contain_text("12 % of 1,000 requests")
+    expect(tile(page, "Prefix cache hits")).to_contain_text("99.6 %")
+    expect(tile(page, "Preemptions")).to_contain_text("7")
+    expect(page.locator("#burn")).to_contain_text("Error budget: 1 % of all requests may miss their targets.")
+    assert visit.problems == []
+
+
+def test_a_request_that_fails_reaches_its_tile(site: Site, visit: Visit) -> None:
+    page = visit.page
+    page.goto(site.url)
+    expect(page.locator("#about")).to_have_text(re.compile(rf"^null · synthia-vllm {__version__} · up for \d+ (s|min)"))
+    expect(tile(page, "Errors").locator("dd")).to_have_text(re.compile("^(0 %|–)"), timeout=30_000)
+    for engine in site.engines:
+        httpx.post(f"{engine.url}/fault", json={"status": 500}).raise_for_status()
+    try:
+        body = {"model": "null", "messages": ORCA, "max_tokens": 2}
+        assert httpx.post(f"{site.url}/v1/chat/completions", json=body, timeout=60).status_code == 502
+    finally:
+        for engine in site.engines:
+            httpx.post(f"{engine.url}/fault", json={"status": None}).raise_for_status()
+    expect(tile(page, "Errors").locator("dd")).not_to_have_text(re.compile("^(0 %|–)"), timeout=30_000)
+    expect(tile(page, "Refused").locator("dd")).to_have_text(re.compile("^0 %"))
+    expect(page.locator("#health")).to_have_text("2 of 2 replicas up", timeout=60_000)
+    assert visit.problems == []
+
+
+def test_charts_of_latencies_show_their_targets(site: Site, visit: Visit) -> None:
+    def change(live: dict[str, Any]) -> None:
+        live["slo"]["targets"] = {
+            "interactive": {"ttft_s": 0.5, "itl_s": 9.0, "e2e_s": None},
+            "batch": {"ttft_s": 1.0, "itl_s": 9.0, "e2e_s": None},
+        }
+        points = len(live["history"]["at"])
+        live["history"] |= {f"{name}_{q}": [0.4] * points for name in ("ttft", "itl") for q in ("p50", "p99")}
+
+    page = visit.page
+    doctor(page, change)
+    page.goto(site.url)
+    expect(page.locator("path[data-line=ttft_p50][d^=M]")).to_be_attached(timeout=30_000)
+    first = page.locator("figure", has_text="To the first token")
+    expect(first.locator(".target")).to_have_text(["SLO 500 ms", "SLO, batch 1.00 s"])
+    assert [line.get_attribute("y1") for line in first.locator("[data-slo]").all()] == ["50", "0"]
+    # Far above the lines: at the top, with an arrow.
+    between = page.locator("figure", has_text="Between tokens")
+    expect(between.locator(".target")).to_have_text("SLO 9.00 s ↑")
+    assert [line.get_attribute("y1") for line in between.locator("[data-slo]").all()] == ["0"]
+    assert page.locator("[data-slo]").count() == 3
+    expect(page.get_by_role("img", name=re.compile("^To the first token, .*; SLO 500 ms; "))).to_be_visible()
+    assert visit.problems == []
+
+
 def test_it_talks_to_its_own_server_only(site: Site, visit: Visit) -> None:
     page = visit.page
     page.goto(site.url)
@@ -221,6 +311,29 @@ def test_a_dead_replica_turns_red_and_comes_back(site: Site, visit: Visit) -> No
     expect(page.locator("#say")).to_contain_text(str(engine.port))
     engine.start()
     expect(replica).to_have_class(re.compile("good"), timeout=30_000)
+    assert visit.problems == []
+
+
+def test_nothing_of_engines_is_shown_while_none_is_up(site: Site, visit: Visit) -> None:
+    page = visit.page
+    page.goto(site.url)
+    body = {"model": "null", "messages": ORCA, "max_tokens": 40, "stream": True}
+    httpx.post(f"{site.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+    latest = page.locator("figure", has_text="To the first token").locator(".legend")
+    expect(latest).to_have_text(re.compile(r"^p50[\d.]+ m?sp99[\d.]+ m?s$"), timeout=30_000)
+    expect(tile(page, "Generated")).to_contain_text("tokens/s")
+    try:
+        for engine in site.engines:
+            engine.kill()
+        for name in ("Generated", "Prompts", "Running", "Prefix cache hits", "Preemptions"):
+            expect(tile(page, name).locator("dd")).to_contain_text("no replica is up", timeout=60_000)
+        expect(latest).to_have_text("p50–p99–no replica is up")
+        expect(page.locator(".legend", has_text="no replica is up")).to_have_count(6)
+    finally:
+        for engine in site.engines:
+            engine.start()
+    expect(tile(page, "Generated")).to_contain_text("tokens/s", timeout=60_000)
+    expect(page.locator("#health")).to_have_text("2 of 2 replicas up", timeout=60_000)
     assert visit.problems == []
 
 
