@@ -89,7 +89,7 @@ def _head(view: dict[str, Any]) -> RenderableType:
     parts = [
         f"{datetime.fromtimestamp(view['at']):%H:%M:%S}",
         tokens if now["serving"] else _NO_REPLICA,
-        f"{now['running']} running, {now['queued']} queued",
+        f"{now['running']} {'running' if now['serving'] else 'wait for one'}, {now['queued']} queued",
         f"errors {_part(recent['failed'], recent['requests'])}, refused {_part(recent['refused'], recent['requests'])}",
         f"prefix cache hits {_part(recent['prefix_cache_hits'], recent['prefix_cache_queries'])}",
         f"{_number(recent['preemptions'], 0)} preemptions in {recent['window_s'] / 60:.0f} min",

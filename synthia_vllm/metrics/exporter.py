@@ -106,8 +106,9 @@ class Exporter:
             if self.fleet is not None:
                 await self.fleet.refresh(self._wait)
             waiting = self._waiting()
-            running, queued = sum(waiting.in_flight.values()), sum(waiting.queued.values())
-            self.history.step(running, queued, self._counted())
+            serving = self.fleet is None or self.fleet.serving
+            running = sum(waiting.in_flight.values()) if serving else None
+            self.history.step(running, sum(waiting.queued.values()), self._counted())
 
     def _counted(self) -> dict[str, Totals]:
         """What the engines have counted, by engine."""

@@ -99,6 +99,11 @@ class Fleet:
             found.append({"targets": [parts.netloc.rpartition("@")[2]], "labels": labels})
         return found
 
+    @property
+    def serving(self) -> int:
+        """How many can generate now."""
+        return sum(engine.serves for engine in self.engines.values())
+
     def follow(self) -> None:
         """Looks which replicas there are, and in which state; asks none of them."""
         there = {view.name: view for view in self._source.replicas()}

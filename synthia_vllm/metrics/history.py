@@ -32,8 +32,11 @@ class History:
         self._results = dict(recorder.results)
         self._growth = Growth()
 
-    def step(self, running: int, queued: int, engines: Mapping[str, Totals] | None = None) -> None:
-        """To be called every STEP_S; the rates are over the time that it really was. `engines`: see `Growth`."""
+    def step(self, running: int | None, queued: int, engines: Mapping[str, Totals] | None = None) -> None:
+        """To be called every STEP_S; the rates are over the time that it really was.
+
+        `running` is None where no replica can. `engines`: see `Growth`.
+        """
         recorder, now, tokens = self._recorder, self._recorder.clock(), self._served()
         seconds = max(now - self._at, 1e-3)
         point: dict[str, float | None] = {"at": self._unix()}

@@ -39,7 +39,7 @@ def live_view(
             "running": sum(waiting.in_flight.values()),
             "queued": sum(waiting.queued.values()),
             # Replicas that can generate: with none, the rest tells of nobody.
-            "serving": 1 if fleet is None else sum(engine.serves for engine in fleet.engines.values()),
+            "serving": 1 if fleet is None else fleet.serving,
         },
         "recent": history.recent(),
         "replicas": _local(local, waiting, rates) if fleet is None else _replicas(fleet, rates),

@@ -91,6 +91,7 @@ async def test_who_can_generate_now_is_known_without_asking() -> None:
         source.add("starting", 9, "unproven")
         fleet.follow()
         assert [name for name, engine in fleet.engines.items() if engine.serves] == ["a", "unasked"]
+        assert fleet.serving == 2
         await fleet.refresh(5.0)
         assert fleet.engines["a"].serves
         source.add("a", 9, "draining")
