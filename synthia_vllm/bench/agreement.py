@@ -31,8 +31,8 @@ from rich.table import Table
 
 from synthia_vllm.bench.client import Target
 from synthia_vllm.bench.measuring import Terms, measure
+from synthia_vllm.bench.probe import target_of
 from synthia_vllm.bench.profiles import OUTPUT, PROMPT
-from synthia_vllm.bench.servers import target_of
 from synthia_vllm.bench.summary import gaps, tokens_of, ttft
 from synthia_vllm.bench.workloads import ClosedLoop
 

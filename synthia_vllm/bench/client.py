@@ -55,6 +55,10 @@ class Call:
     user: str = ""
     key: str | None = None
 
+    def size(self) -> int:
+        """Of the prompt: characters, or token ids."""
+        return len(self.prompt) + sum(len(message["content"]) for message in self.messages)
+
 
 @dataclass(frozen=True)
 class Patience:

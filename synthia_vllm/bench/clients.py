@@ -13,12 +13,13 @@ from multiprocessing import get_context
 
 import uvloop
 
-from synthia_vllm.bench.client import Target
+from synthia_vllm.bench.client import Call, Target
 from synthia_vllm.bench.measuring import Collected, Terms, Workload, collect
 from synthia_vllm.bench.workloads import ClosedLoop, OpenLoop
 
 MOST_CLIENTS = 4
 _AHEAD_S = 0.3  # in which all of them have read what they are to do
+_READ_S = 20e6  # characters of prompts that they read a second, at least
 
 
 class Clients:
@@ -39,7 +40,7 @@ class Clients:
     async def collect(self, target: Target, workload: Workload, terms: Terms, seed: str) -> Collected:
         """As `measuring.collect`, from all processes where the workload can be shared out."""
         parts = shares(workload, self.count)
-        start = time.perf_counter() + _AHEAD_S
+        start = time.perf_counter() + _AHEAD_S + _characters(workload) / _READ_S
         alone = replace(terms, clients=None)
         loop = asyncio.get_running_loop()
         found = await asyncio.gather(
@@ -62,12 +63,18 @@ def shares(workload: Workload, count: int) -> list[Workload]:
     if isinstance(workload, ClosedLoop):
         count = min(count, workload.streams)
         streams, requests = _even(workload.streams, count), _even(workload.requests, count)
-        return [replace(workload, streams=a, requests=b) for a, b in zip(streams, requests, strict=True)]
+        calls = [workload.calls[number::count] for number in range(count)]
+        parts = zip(streams, requests, calls, strict=True)
+        return [replace(workload, streams=a, requests=b, calls=c) for a, b, c in parts]
     if isinstance(workload, OpenLoop):
         # Poisson processes laid over each other are one; a bursty one would be less so.
         count = count if workload.burstiness == 1 and workload.rate * workload.seconds >= count else 1
         return [replace(workload, rate=workload.rate / count)] * count
     return [workload]
+
+
+def _characters(workload: Workload) -> int:
+    return sum(map(Call.size, workload.calls)) if isinstance(workload, ClosedLoop) else 0
 
 
 def _even(whole: int, count: int) -> list[int]:

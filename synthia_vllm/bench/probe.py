@@ -1,7 +1,11 @@
-"""Which of the optional fields a server takes, found by asking it: any OpenAI-compatible server can be measured."""
+"""What a running server serves and takes, found by asking it: any OpenAI-compatible server can be measured."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+import click
 
 from synthia_vllm.bench.client import OPTIONAL, Call, Client, Patience, Target
 from synthia_vllm.bench.run_file import Request
@@ -14,6 +18,30 @@ _PATIENCE = Patience(first_s=120.0, between_s=60.0)
 
 class ProbeError(Exception):
     """The server answers no request, whatever is left out; in its own words."""
+
+
+def target_of(url: str, options: Mapping[str, Any]) -> Target:
+    """A server that runs, and the model it serves. Raises ClickException where it does not answer."""
+    import httpx
+
+    url = url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {options['key']}"} if options["key"] else {}
+    model = options["served_model"]
+    try:
+        if model is None:
+            listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).raise_for_status().json()
+            model = listed["data"][0]["id"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
+        raise click.ClickException(
+            f"no answer from {url}/v1/models: {error!r}; is the URL right, and does it want --key?"
+        ) from error
+    return Target(
+        url,
+        model,
+        options["key"],
+        chat=bool(options.get("chat")),
+        keep_alive=options.get("keep_alive", True),
+    )
 
 
 async def probe(target: Target, *, chat: bool) -> Target:

@@ -1,4 +1,4 @@
-"""Prompts that are the same wherever the seed is, of exactly so many tokens."""
+"""Prompts that are the same wherever the seed is, of exactly so many tokens, and how many those are."""
 
 import random
 import re
@@ -38,8 +38,38 @@ class Span:
     def draw(self, source: random.Random) -> int:
         return self.least if self.least == self.most else source.randint(self.least, self.most)
 
+    @property
+    def mean(self) -> float:
+        return (self.least + self.most) / 2
+
     def __str__(self) -> str:
         return str(self.least) if self.least == self.most else f"{self.least}-{self.most}"
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A number of tokens, normally distributed; one at least, and at most twice the mean, so that the mean holds."""
+
+    mean: float
+    deviation: float
+
+    def draw(self, source: random.Random) -> int:
+        return round(min(max(source.gauss(self.mean, self.deviation), 1), 2 * self.mean - 1))
+
+    def __str__(self) -> str:
+        return f"{self.mean:g}:{self.deviation:g}"
+
+
+Lengths = Span | Normal
+
+
+def lengths(text: str) -> Lengths:
+    """From `512`, `128-512` (evenly between the two) or `512:128` (mean and standard deviation). Raises ValueError."""
+    if found := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
+        return Span.of((int(found[1]), int(found[2] or found[1])))
+    if (found := re.fullmatch(r"(\d+):(\d+)", text)) and int(found[1]) >= 1:
+        return Normal(int(found[1]), int(found[2]))
+    raise ValueError(f"{text!r}, where a number of tokens as 512, 128-512 or 512:128 (mean and deviation) is wanted")
 
 
 class Prompts:

@@ -10,6 +10,7 @@ import click
 
 from synthia_vllm.bench.client import Target
 from synthia_vllm.bench.peers import CONTEXT, Plan, Say, Up, machine_group
+from synthia_vllm.bench.probe import target_of
 from synthia_vllm.bench.profiles import USERS
 from synthia_vllm.bench.run_file import Server
 
@@ -26,30 +27,6 @@ def running_already(options: Mapping[str, Any]) -> Iterator[list[Up]]:
     if len(set(taken)) < len(taken):
         raise click.ClickException("--server: give each a name of its own, as in --server old=http://127.0.0.1:8000")
     yield found
-
-
-def target_of(url: str, options: Mapping[str, Any]) -> Target:
-    """A server that runs, and the model it serves. Raises ClickException where it does not answer."""
-    import httpx
-
-    url = url.rstrip("/").removesuffix("/v1")
-    headers = {"Authorization": f"Bearer {options['key']}"} if options["key"] else {}
-    model = options["served_model"]
-    try:
-        if model is None:
-            listed = httpx.get(f"{url}/v1/models", headers=headers, timeout=10).raise_for_status().json()
-            model = listed["data"][0]["id"]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError) as error:
-        raise click.ClickException(
-            f"no answer from {url}/v1/models: {error!r}; is the URL right, and does it want --key?"
-        ) from error
-    return Target(
-        url,
-        model,
-        options["key"],
-        chat=bool(options.get("chat")),
-        keep_alive=options.get("keep_alive", True),
-    )
 
 
 @contextmanager

@@ -7,33 +7,33 @@ from dataclasses import dataclass, field
 
 from synthia_vllm.bench.client import Call
 from synthia_vllm.bench.measuring import Kind, Load
-from synthia_vllm.bench.prompts import Span
+from synthia_vllm.bench.prompts import Lengths, Span
 
 
 @dataclass(frozen=True)
 class ClosedLoop:
     """`streams` clients, each of which sends the next request when its reply is there; `requests` in all.
 
-    chat   prompts are words of a user, about a token each, through the chat route; else token ids
+    calls   what is sent, instead of token ids of drawn lengths: one for each request
     """
 
     streams: int
     requests: int
-    prompt: Span
-    output: Span
+    prompt: Lengths = Span(32, 32)  # noqa: RUF009
+    output: Lengths = Span(64, 64)  # noqa: RUF009
     label: str = ""
     kind: Kind = "closed"
     rate: float | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
-    chat: bool = False
+    calls: tuple[Call, ...] = ()
 
     @property
     def name(self) -> str:
         return self.label or "closed loop"
 
     async def drive(self, load: Load) -> None:
-        made = chat_of if self.chat else call_of
-        calls = (made(load, self.prompt, self.output) for _ in range(self.requests))
+        drawn = (call_of(load, self.prompt, self.output) for _ in range(self.requests))
+        calls = iter(self.calls) if self.calls else drawn
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self.streams, self.requests)):
                 group.create_task(self._stream(load, calls))
@@ -53,8 +53,8 @@ class OpenLoop:
 
     rate: float
     seconds: float
-    prompt: Span
-    output: Span
+    prompt: Lengths
+    output: Lengths
     burstiness: float = 1.0
     kind: Kind = "open"
     streams: int | None = None
@@ -74,8 +74,8 @@ class OpenLoop:
 
 def call_of(
     load: Load,
-    prompt: Span,
-    output: Span,
+    prompt: Lengths,
+    output: Lengths,
     user: str = "",
     key: str | None = None,
     source: random.Random | None = None,
@@ -83,12 +83,6 @@ def call_of(
     """A request of drawn lengths, with a prompt that no other has."""
     source = source or load.random
     return Call(output.draw(source), load.prompts.ids(prompt.draw(source)), user=user, key=key)
-
-
-def chat_of(load: Load, prompt: Span, output: Span) -> Call:
-    """A chat of one message, of drawn lengths, that no other has."""
-    text = load.prompts.text(prompt.draw(load.random))
-    return Call(output.draw(load.random), messages=({"role": "user", "content": text},))
 
 
 def arrivals(source: random.Random, rate: float, seconds: float, burstiness: float = 1.0) -> list[float]:
