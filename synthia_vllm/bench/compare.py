@@ -1,10 +1,12 @@
 """Two runs side by side, and whether the new one is worse than noise explains.
 
-The rule: of each server, load and metric that both runs have, the ratio new / old of the medians over the rounds, with
-the ends of what it may be (`estimates.unpaired_ratio`). It is a regression where all of that lies on the bad side of 1,
-by more than the tolerance; with fewer than four rounds on a side by `FEW` tolerances, since three rounds lie all on one
-side of three others in a tenth of the cases; with one, by `LONE`. The share of failed requests is a regression where it
-grows by more than `FAILURES`. Of a run held against itself, less than 1 % of the figures are told as changed.
+The rule: of each server, load and metric that both runs have, the ratio new / old over the rounds, with the ends of
+what it may be (`estimates.unpaired_ratio`). It is a regression where all of that lies on the bad side of 1, by more
+than the tolerance. From six rounds on both sides the ends hold for all figures of the comparison together: of a run
+held against itself all are told as the same in 99 % of the cases. Fewer rounds can't be that sure, and the tolerance
+does the work: with fewer than four on a side it is `FEW` times as much, since three rounds lie all on one side of three
+others in a tenth of the cases; with one, `LONE`. Then less than 1 % of the figures are told as changed. The share of
+failed requests is a regression where it grows by more than `FAILURES`.
 """
 
 import sys
@@ -60,11 +62,12 @@ def compare(old: Run, new: Run, tolerance: float = TOLERANCE) -> Comparison:
     both = [cell for cell in before.cells if cell in after.cells]
     if not both:
         raise ValueError("the two runs share no server and load with a valid measurement: nothing to compare")
+    figures = len(both) * len(METRICS)
     changes = [
         change
         for server, load in both
         for change in (
-            *(_change(before, after, server, load, metric, tolerance) for metric in METRICS),
+            *(_change(before, after, server, load, metric, tolerance, figures) for metric in METRICS),
             _failures(before, after, server, load),
         )
         if change is not None
@@ -107,10 +110,14 @@ def _cells(change: Change) -> tuple[str, str, str, str]:
     return f"{title}, {unit}", *values, change.ratio.text(3)
 
 
-def _change(before: Summary, after: Summary, server: str, load: Load, metric: str, tolerance: float) -> Change | None:
+def _change(
+    before: Summary, after: Summary, server: str, load: Load, metric: str, tolerance: float, figures: int
+) -> Change | None:
     old, new = before.estimate(server, load, metric), after.estimate(server, load, metric)
     ratio = unpaired_ratio(
-        list(after.rounds(server, load, metric).values()), list(before.rounds(server, load, metric).values())
+        list(after.rounds(server, load, metric).values()),
+        list(before.rounds(server, load, metric).values()),
+        figures,
     )
     if old is None or new is None or ratio is None:
         return None

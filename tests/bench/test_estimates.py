@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from synthia_vllm.bench.compare import TOLERANCE, verdict
-from synthia_vllm.bench.estimates import median, paired_ratio, unpaired_ratio
+from synthia_vllm.bench.estimates import median, paired_ratio, paired_verdict, unpaired_ratio
+from synthia_vllm.bench.student import quantile
 
 
 def test_one_round_has_no_interval() -> None:
@@ -56,6 +57,28 @@ def test_a_run_against_itself_is_told_as_changed_in_less_than_one_figure_of_a_hu
         told += verdict(found, True, TOLERANCE) != "same"
     # Two rounds of figures that scatter by a tenth are too few for any rule that finds something.
     assert told <= trials * (0.03 if (rounds, noise) == (2, 0.1) else 0.01)
+
+
+@pytest.mark.parametrize("rounds", [6, 8, 12])
+@pytest.mark.parametrize("noise", [0.03, 0.3])
+def test_a_run_against_itself_is_told_as_changed_in_one_comparison_of_a_hundred(rounds: int, noise: float) -> None:
+    """Of all its figures, with no tolerance that would hide it; within three deviations."""
+    random = np.random.default_rng(11)
+    trials, figures, told = 200, 20, {"two runs": 0, "two servers": 0}
+    for _ in range(trials):
+        pairs = [(list(a), list(b)) for a, b in random.lognormal(0, noise, (figures, 2, rounds))]
+        for kind, estimate in (("two runs", unpaired_ratio), ("two servers", paired_verdict)):
+            found = [estimate(one, other, figures) for one, other in pairs]
+            told[kind] += any(verdict(ratio, True, 0) != "same" for ratio in found if ratio is not None)
+    assert max(told.values()) <= trials * (0.01 + 3 * (0.01 * 0.99 / trials) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "freedom", "t"),
+    [(0.95, 1, 12.706), (0.95, 2, 4.303), (0.95, 5, 2.571), (0.99, 10, 3.169), (0.999, 5, 6.869), (0.999, 30, 3.646)],
+)
+def test_students_quantiles_are_those_of_the_tables(confidence: float, freedom: int, t: float) -> None:
+    assert quantile(confidence, freedom) == pytest.approx(t, abs=0.0006)
 
 
 @pytest.mark.parametrize(("rounds", "change"), [(2, 1.3), (3, 1.3), (5, 1.2), (6, 1.2), (10, 1.15)])
