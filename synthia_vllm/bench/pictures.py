@@ -1,10 +1,12 @@
 """The pictures of the report: which data goes into each, and what it says in words."""
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from synthia_vllm.bench.estimates import Estimate
+from synthia_vllm.bench.estimates import ENOUGH, Estimate, median
 from synthia_vllm.bench.fairness import fairness
 from synthia_vllm.bench.plots import BAND, INK, Plot, Style, drawing, swatch
 from synthia_vllm.bench.roofline import bound, mean_context, points
@@ -20,14 +22,62 @@ class Pictures:
 
     def __init__(self, summary: Summary) -> None:
         self.summary = summary
-        names = summary.servers()
+        silent = summary.silent()
+        names = [name for name in summary.servers() if name not in silent]
         # Ours first, so that it has the same looks in every report.
         self.order = sorted(names, key=lambda name: (name != "ours", name != "cluster", names.index(name)))
         self.styles = {name: Style(number) for number, name in enumerate(self.order)}
 
     def all(self) -> list[Plot]:
-        made = [*self.throughput(), *self.distributions(), *self.over_time(), *self.goodput(), *self.fairness()]
-        return [*made, *self.roofline()]
+        made = [*self.tradeoff(), *self.throughput(), *self.distributions(), *self.over_time(), *self.goodput()]
+        made += [*self.fairness(), *self.roofline(), *trials(self.summary.run.slo or {})]
+        made += [*ceiling(self.summary.run.ceiling or {}), *chaos(self.summary.run.chaos or {})]
+        return [plot for plot in made if plot.rows]  # one without figures would be empty axes
+
+    def tradeoff(self) -> Iterable[Plot]:
+        """What more streams bring and what they cost, of all servers."""
+        family = main_family(self.summary)
+        loads = [x for x in self.summary.loads("closed") if x.family == family and x.streams is not None]
+        if len(loads) < 2:
+            return
+        # Not ITL: of a server that sends tokens in twos every other gap is none.
+        for key, title in (("ttft", "time to first token"), ("tpot", "time per output token")):
+            plot = Plot(f"tradeoff-{key}", f"Throughput against {title}: {family}", "")
+            plot.columns = ("server", *(f"{x.streams} stream{'s' * (x.streams != 1)}" for x in loads))
+            plot.note = (
+                f"Up and to the left is better. One point for each number of streams: "
+                f"{', '.join(str(load.streams) for load in loads)}; those of {self.summary.title(self.order[0])} "
+                "are written at them. Medians over the rounds. In the table: tokens/s at ms."
+                if self.order
+                else ""
+            )
+            found = {server: list(self._tradeoff(server, loads, key)) for server in self._with(loads)}
+            servers = [server for server, known in found.items() if known]
+            with drawing(plot, x=f"median {title}, milliseconds", y="output tokens a second") as axes:
+                for server in servers:
+                    known = found[server]
+                    first = server == self.order[0]
+                    axes.plot(
+                        [x for _, x, _ in known], [y for _, _, y in known], zorder=5 if first else 3,
+                        **self.styles[server].marked,
+                    )  # fmt: skip
+                    for streams, x, y in known if first else ():
+                        axes.annotate(f"{streams}", (x, y), (-5, 5), textcoords="offset points", color=INK, ha="right")
+                    told = {n: f"{y:.0f} at {x:.0f}" for n, x, y in known}
+                    plot.rows.append((self.summary.title(server), *(told.get(load.streams, "") for load in loads)))
+                axes.set_xscale("log")
+                _plain_ticks(axes)
+                axes.set_ylim(bottom=0)
+                plot.alt = _alt(f"Output tokens a second at milliseconds of {title}, by number of streams", plot)
+            yield self._with_legend(plot, servers)
+
+    def _tradeoff(self, server: str, loads: Sequence[Load], key: str) -> Iterable[tuple[int | None, float, float]]:
+        """Streams, milliseconds, tokens a second; without those of a server that sends a reply in one piece."""
+        for load in loads:
+            waits = median([getattr(figures, key).p50 for _, figures in self.summary.cells.get((server, load), [])])
+            tokens = self.summary.estimate(server, load, "output_throughput")
+            if waits is not None and tokens is not None and waits.value > 0:
+                yield load.streams, 1000 * waits.value, tokens.value
 
     def throughput(self) -> Iterable[Plot]:
         for nth, family in enumerate(_families(self.summary, "closed")):
@@ -37,9 +87,9 @@ class Pictures:
             plot = Plot(f"throughput-{nth}", f"Throughput against streams: {family}", "")
             plot.columns = ("server", *(f"{load.streams}" for load in loads))
             servers = self._with(loads)
-            with drawing(
-                plot, x="streams at once", y="output tokens a second; bars: 95 % interval, of few rounds the range"
-            ) as axes:
+            rounds = max((len(self.summary.measurements(s, x)) for s in servers for x in loads), default=0)
+            plot.note = "Bars: " + ("95 % interval." if rounds >= ENOUGH else "from the least round to the greatest.")
+            with drawing(plot, x="streams at once", y="output tokens a second") as axes:
                 for server in servers:
                     found = {x.streams or 0: self.summary.estimate(server, x, "output_throughput") for x in loads}
                     known = {streams: value for streams, value in found.items() if value is not None}
@@ -229,6 +279,78 @@ class Pictures:
         """The open loop of the highest rate that most servers have; else the closed loop with most streams."""
         loads = self.summary.loads("open") or self.summary.loads("closed")
         return max(loads, key=lambda x: (len(self.summary.servers(x)), x.rate or 0.0, x.streams or 0), default=None)
+
+
+def trials(slo: Mapping[str, Any]) -> Iterable[Plot]:
+    """What each rate of `bench slo` came to, beside the limit."""
+    for key, name in (("ttft", "TTFT"), ("itl", "ITL")):
+        tried = [t for t in slo.get("trials", []) if t.get(f"{key}_p99_ms") is not None and not t.get("invalid")]
+        limit = slo.get(f"{key}_ms")
+        if not tried or limit is None:
+            continue
+        plot = Plot(f"slo-{key}", f"p99 {name} by rate, {slo.get('server', 'server')}", "")
+        plot.columns = ("requests a second", f"p99 {name}, ms", "SLO")
+        plot.note = f"One point a trial of {slo.get('seconds', 0):g} s; the line is the limit, {limit:g} ms."
+        with drawing(plot, x="requests sent a second", y=f"p99 {name}, milliseconds") as axes:
+            axes.axhline(limit, color=INK, linewidth=1.2, linestyle=":")
+            for held, style, label in ((True, Style(0), "holds the SLO"), (False, Style(1), "does not hold it")):
+                own = [(t["rate"], t[f"{key}_p99_ms"]) for t in tried if t["holds"] == held]
+                axes.plot([x for x, _ in own], [y for _, y in own], **{**style.marked, "linestyle": ""})
+                plot.legend.append((swatch(style, plot.key), label))
+            reached = [limit, *(t[f"{key}_p99_ms"] for t in tried)]
+            if max(reached) > 10 * min(reached):
+                axes.set_yscale("log")
+                _plain_ticks(axes, axis="y")
+            else:
+                axes.set_ylim(bottom=0)
+            axes.set_xlim(left=0)
+            for trial in sorted(tried, key=lambda t: t["rate"]):
+                said = "holds" if trial["holds"] else "does not hold"
+                plot.rows.append((f"{trial['rate']:g}", f"{trial[f'{key}_p99_ms']:.0f}", said))
+            plot.alt = _alt(f"p99 {name} of each trial beside the limit of {limit:g} ms", plot)
+        yield plot
+
+
+def ceiling(found: Mapping[str, Any]) -> Iterable[Plot]:
+    """What our layers do around an engine that costs nothing, beside that engine bare."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    for nth, (figure, variants) in enumerate(found.get("results", {}).items()):
+        plot = Plot(f"ceiling-{nth}", figure[:1].upper() + figure[1:], "", columns=("what", "median", "times bare"))
+        bare = float(np.median(variants["bare"])) if variants.get("bare") else None
+        values = {name: sorted(own) for name, own in variants.items() if own}
+        plot.note = "Median of the rounds; bars: from the least to the greatest. Bare: the null engine alone."
+        with drawing(plot, x=figure, y="") as axes:
+            for name, own in values.items():
+                middle = float(np.median(own))
+                ends = [[middle - own[0]], [own[-1] - middle]] if len(own) > 1 else None
+                colour = BAND if name == "bare" else Style(0).colour
+                axes.barh(name, middle, xerr=ends, color=colour, ecolor=INK, capsize=3, height=0.55)
+                times = f"{middle / bare:.2f}" if bare else ""
+                plot.rows.append((name, f"{middle:.4g}" if middle < 1000 else f"{middle:,.0f}", times))
+            axes.invert_yaxis()
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            plot.alt = _alt(figure, plot)
+        yield plot
+
+
+def chaos(found: Mapping[str, Any]) -> Iterable[Plot]:
+    """How long streams paused when their replica was killed, beside their usual gaps between tokens."""
+    for nth, (name, scenario) in enumerate(found.get("scenarios", {}).items()):
+        told = scenario.get("summary", {})
+        seconds = {key.replace(", s", ""): value for key, value in told.items() if ", s" in key and value is not None}
+        plot = Plot(f"chaos-{nth}", f"Pauses of streams: {name}", "", columns=("what", "seconds"))
+        kills, broken = told.get("kills", 0), told.get("broken streams", 0)
+        plot.note = f"{kills} kills, {told.get('streams', 0)} streams, {broken} of them broken. Grey: without a kill."
+        with drawing(plot, x="seconds", y="") as axes:
+            for what, value in seconds.items():
+                colour = Style(0).colour if what.startswith("pause") else BAND
+                axes.barh(textwrap.fill(what, 22), value, color=colour, height=0.55)
+                plot.rows.append((what, f"{value:.3f}"))
+            axes.invert_yaxis()
+            plot.alt = _alt(f"Pauses of streams, {name}", plot)
+        yield plot
 
 
 def _families(summary: Summary, kind: str) -> list[str]:

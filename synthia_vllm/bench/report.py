@@ -17,7 +17,9 @@ from synthia_vllm.bench.plots import Plot
 from synthia_vllm.bench.run_file import Run, read, report_beside
 from synthia_vllm.bench.summary import METRICS, Summary, load_of
 from synthia_vllm.bench.targets import targets
+from synthia_vllm.bench.verdict import sureness, verdicts, winners
 
+_FIRST = "Throughput against latency"  # the section that follows the verdict
 # What each kind of error means to who reads it.
 _MEANINGS = {
     "stalled": "the stream stopped sending and did not end",
@@ -65,6 +67,7 @@ def command(file: Path, output: Path | None) -> None:
 def render(run: Run) -> str:
     """As HTML."""
     summary = Summary(run)
+    drawn = Pictures(summary).all()
     templates = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["markup"] = Markup
@@ -72,19 +75,25 @@ def render(run: Run) -> str:
         run=run,
         summary=summary,
         load_of=load_of,
+        metrics=METRICS,
         began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.started_at)),
         tiles=_tiles(summary),
+        verdicts=verdicts(summary),
+        winners=winners(summary),
+        sureness=sureness(summary),
+        silent=[(summary.title(name), _why(summary, name)) for name in summary.silent()],
         faults=_faults(summary),
         missing=[server for server in run.servers if server.missing],
         targets=targets(summary),
-        plots=_grouped(Pictures(summary).all()),
+        plots=_grouped(drawn),
+        first=_FIRST,
         users=list(_users(summary)),
         limits=[
-            (title, part)
-            for title, part in (
-                ("Highest rate that holds the SLO", run.slo),
-                ("Ceiling of the serving layer", run.ceiling),
-                ("Replicas killed under load", run.chaos),
+            (title, part, [plot for plot in drawn if plot.key.startswith(key)])
+            for title, key, part in (
+                ("Highest rate that holds the SLO", "slo-", run.slo),
+                ("Ceiling of the serving layer", "ceiling-", run.ceiling),
+                ("Replicas killed under load", "chaos-", run.chaos),
             )
             if part
         ],
@@ -131,6 +140,16 @@ def _faults(summary: Summary) -> list[Fault]:
     ]
 
 
+def _why(summary: Summary, server: str) -> str:
+    """Of one that answered nothing: the commonest error, and its own words."""
+    kinds = summary.errors().get(server)
+    if not kinds:
+        return "it was sent nothing"
+    kind, count = kinds.most_common(1)[0]
+    said = summary.words_of(server)
+    return f"{kind} ({count} requests)" + (f": {said}" if said else "")
+
+
 def _meaning(kind: str) -> str:
     return _MEANINGS.get(kind, f"answered with status {kind[5:]}" if kind.startswith("http ") else "")
 
@@ -154,12 +173,13 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
 def _grouped(plots: Iterable[Plot]) -> dict[str, list[Plot]]:
     """By section."""
     sections = {
-        "throughput": "Throughput", "cdf": "Latency", "time": "Latency", "goodput": "Goodput", "gap": "Fairness",
-        "service": "Fairness", "roofline": "Roofline",
+        "tradeoff": _FIRST, "throughput": "Throughput", "cdf": "Latency", "time": "Latency",
+        "goodput": "Goodput", "gap": "Fairness", "service": "Fairness", "roofline": "Roofline",
     }  # fmt: skip
     found: dict[str, list[Plot]] = {}
     for plot in plots:
-        found.setdefault(sections[plot.key.split("-")[0]], []).append(plot)
+        if (section := sections.get(plot.key.split("-")[0])) is not None:
+            found.setdefault(section, []).append(plot)
     return found
 
 

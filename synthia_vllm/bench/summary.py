@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from synthia_vllm.bench.estimates import Estimate, mean, median, paired_ratio, per_round
+from synthia_vllm.bench.estimates import Estimate, mean, median, paired_ratio, paired_verdict, per_round
 from synthia_vllm.bench.run_file import Measurement, Request, Run
 
 # Where the run's options name no SLO.
@@ -211,6 +211,18 @@ class Summary:
         one, other = self.rounds(ours, load, metric), self.rounds(theirs, load, metric)
         both = sorted(one.keys() & other.keys())
         return paired_ratio([one[r] for r in both], [other[r] for r in both])
+
+    def judged(self, ours: str, theirs: str, load: Load, metric: str, figures: int) -> Estimate | None:
+        """As `ratio`, one of so many of which a verdict is given."""
+        one, other = self.rounds(ours, load, metric), self.rounds(theirs, load, metric)
+        both = sorted(one.keys() & other.keys())
+        return paired_verdict([one[r] for r in both], [other[r] for r in both], figures)
+
+    def silent(self) -> list[str]:
+        """Servers that were asked and of which no request came back whole."""
+        asked = dict.fromkeys(measurement.server for measurement in self.run.measurements)
+        answered = {m.server for m in self.run.measurements if any(request.error is None for request in m.requests)}
+        return [server for server in asked if server not in answered]
 
     def errors(self) -> dict[str, Counter[str]]:
         """Server: kind of error: requests. Of invalid measurements too: an error is an error."""

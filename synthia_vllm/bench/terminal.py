@@ -8,6 +8,7 @@ from rich.table import Table
 from synthia_vllm.bench.peers import GROUPS
 from synthia_vllm.bench.run_file import Measurement, Run
 from synthia_vllm.bench.summary import METRICS, Slo, Summary, summarize
+from synthia_vllm.bench.verdict import in_short
 
 _SHOWN = ("output_throughput", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
 _HEADS = ("tokens/s", "TTFT p50, ms", "p99", "ITL p50, ms", "p99")
@@ -16,8 +17,10 @@ _OURS = [members[-1] for members in GROUPS.values()]
 
 
 def show(run: Run, console: Console) -> None:
-    """Medians over the rounds, ratios pair by pair, and everything that went wrong."""
+    """Tells where ours is behind, what won, medians over the rounds, ratios, and everything that went wrong."""
     summary = Summary(run)
+    for sentence in in_short(summary):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     for table in (_figures(summary), _ratios(summary)):
         if table.row_count:
             console.print(table)

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -9,15 +10,24 @@ from playwright.sync_api import Browser
 from synthia_vllm.bench.report import command, render, write_report
 from synthia_vllm.bench.run_file import write
 from synthia_vllm.bench.sizing.check import check
-from tests.bench.synthetic import closed, full_run, measurement, request, run
+from tests.bench.synthetic import Engine, closed, full_run, measurement, request, run
 
-EXTRAS = {
-    "slo": {"rate": 4.25, "trials": [{"rate": 4, "holds": True}, {"rate": 5, "holds": False}]},
-    "ceiling": {"chunks_per_second": 51234.0},
-    "chaos": {
-        "scenarios": {"null": {"summary": {"broken_streams": 0, "gap between chunks halfway between kills": 3.4}}}
+EXTRAS: dict[str, Any] = {
+    "slo": {
+        "rate": 4.25, "ttft_ms": 500.0, "itl_ms": 150.0, "seconds": 20.0, "server": "ours",
+        "trials": [
+            {"rate": 4, "holds": True, "ttft_p99_ms": 90.0, "itl_p99_ms": 60.0, "invalid": []},
+            {"rate": 5, "holds": False, "ttft_p99_ms": 9000.0, "itl_p99_ms": 80.0, "invalid": []},
+            {"rate": 6, "holds": False, "ttft_p99_ms": None, "itl_p99_ms": None, "invalid": []},
+        ],
     },
-}
+    "ceiling": {"results": {"tokens a second": {"bare": [9e4, 1e5, 1.1e5], "stack": [5e4, 51234.0, 6e4]}, "KB": {}}},
+    "chaos": {
+        "scenarios": {
+            "null": {"summary": {"broken streams": 0, "pause at a kill, s, p50": 0.4, "gap, s, p95": 0.2, "kills": 6}}
+        }
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +65,8 @@ def test_targets_say_met_missed_or_not_measured(html: str) -> None:
 @pytest.mark.parametrize(
     "title",
     ["Throughput against streams", "Time to first token, distribution", "Inter-token latency, distribution",
+     "Throughput against time to first token", "Throughput against time per output token",
+     "p99 TTFT by rate, ours", "p99 ITL by rate, ours", "Tokens a second", "Pauses of streams: null",
      "Time to first token over time", "Goodput against rate", "Accumulated service gap", "Roofline"],
 )  # fmt: skip
 def test_each_picture_is_there(html: str, title: str) -> None:
@@ -77,7 +89,7 @@ def test_the_simulators_errors_are_told(html: str) -> None:
     assert "held out" in html
 
 
-@pytest.mark.parametrize("told", ["Highest rate that holds the SLO", "4.25", "chunks per second", "broken streams"])
+@pytest.mark.parametrize("told", ["Highest rate that holds the SLO", "4.25", "51,234", "broken streams"])
 def test_results_of_the_other_commands_are_told(html: str, told: str) -> None:
     assert told in html
 
@@ -85,6 +97,35 @@ def test_results_of_the_other_commands_are_told(html: str, told: str) -> None:
 @pytest.mark.parametrize("told", ["A made-up CPU", "0123abc", "ttft ms", "2.13.0", "bench run --profile quick"])
 def test_machine_commit_options_and_versions_are_told(html: str, told: str) -> None:
     assert told in html
+
+
+def test_it_opens_with_the_verdict_and_then_throughput_against_latency(html: str) -> None:
+    assert re.findall(r'<h2 id="([^"]+)"', html)[:3] == ["verdict", "throughput-against-latency", "wrong"]
+    verdict = html[html.index('id="verdict"') : html.index('id="wrong"')]
+    assert "Ours is behind in no figure" in verdict
+    assert "synthia-vllm serve made most of 3" in verdict
+    assert "1 of 49 measurements do not count, 4 requests failed, 1 servers were left out" in verdict
+
+
+def test_what_ours_is_behind_in_is_said_before_what_won() -> None:
+    slow, fast = Engine(base_s=0.2), Engine(base_s=0.02)
+    made = [closed(8, server=name, engine=engine, round=n) for n in range(3)
+            for name, engine in (("ours", slow), ("llama.cpp", fast))]  # fmt: skip
+    text = render(run(made))
+    assert text.index(">behind</span>") < text.index("Llama.cpp made most of 2")
+
+
+def test_a_server_that_answered_nothing_says_why_and_has_no_picture() -> None:
+    made = [
+        measurement([request(0, error="http 500", detail="no memory")], streams=n, workload="closed", kind="closed")
+        for n in (1, 8)
+    ]
+    text = render(run(made))
+    assert "Ours answered nothing:</strong> http 500 (2 requests): no memory" in text
+    assert "<figure" not in text
+    beside = render(run([*made, *(closed(n, server="card") for n in (1, 8))]))
+    assert "<figure" in beside
+    assert "Ours</li>" not in beside  # in no legend
 
 
 def test_nothing_wrong_is_said_too() -> None:
@@ -140,6 +181,22 @@ def test_it_fits_the_screen(chromium: Browser, file: Path, scheme: str, width: i
     page = chromium.new_page(viewport={"width": width, "height": 800})
     page.goto(file.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_all_numbers_of_streams_are_on_the_screen(chromium: Browser, file: Path, width: int) -> None:
+    page = chromium.new_page(viewport={"width": width, "height": 800})
+    page.goto(file.as_uri())
+    figures = page.locator("figure", has=page.locator("h3", has_text="Throughput against"))
+    for figure in figures.all():
+        figure.locator("details").evaluate("node => node.open = true")
+        heads = figure.locator("thead th").all()
+        assert [head.inner_text().split()[0] for head in heads] == ["server", "1", "8", "32", "64"]
+        boxes = [head.bounding_box() for head in heads]
+        card = figure.bounding_box()
+        assert card is not None
+        assert all(box is not None and box["x"] + box["width"] <= card["x"] + card["width"] for box in boxes)
     page.close()
 
 
