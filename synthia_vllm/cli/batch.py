@@ -88,18 +88,15 @@ def finished(target: Path) -> set[str]:
 
 
 def _run(todo: list[dict[str, Any]], target: Path, settings: Any, concurrency: int) -> int:
-    from synthia_vllm.engine import fork_server
     from synthia_vllm.engine.arguments import plan_engine
     from synthia_vllm.engine.demo import cache_folder
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.engine.startup import Startup, output_to
 
     plan = plan_engine(settings, inspect_machine())
-    plan.apply_environment()
     log = cache_folder() / "logs" / "batch.log"
     with output_to(log) as terminal:
-        if plan.fork:
-            fork_server.start()
+        plan.prepare_processes()
         console = Console(file=terminal)
         startup = Startup(console, log)
         startup.start()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from synthia_vllm.engine import fork_server
 from synthia_vllm.engine.demo import NAME as DEMO_NAME
 from synthia_vllm.engine.demo import demo_model
 from synthia_vllm.engine.hardware import CPU_BINDING, Machine, preload_libraries, usable_cpus
@@ -68,6 +69,15 @@ class EnginePlan:
         os.environ.update(self.environment)
         if self.environment.get(CPU_BINDING) == "auto" and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, usable_cpus())
+
+    def prepare_processes(self) -> None:
+        """Has vLLM start its processes as planned: in their environment, and forked where that is the plan.
+
+        What forks them writes where this process writes by then.
+        """
+        self.apply_environment()
+        if self.fork:
+            fork_server.start()
 
 
 def default_model(machine: Machine) -> str:

@@ -7,7 +7,6 @@ import socket
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from synthia_vllm.engine import fork_server
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.local import LocalEngine
 from synthia_vllm.engine.tokenizer import Tokenizer
@@ -31,9 +30,7 @@ def run(
     companion: Companion | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit code: 0 after a drain, 1 if the engine died or was cut."""
-    plan.apply_environment()
-    if plan.fork:
-        fork_server.start()
+    plan.prepare_processes()
     import uvloop
 
     code: int = uvloop.run(_serve(settings, plan, sock, on_ready, companion))

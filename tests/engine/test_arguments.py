@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from synthia_vllm.engine.arguments import default_model, plan_engine
+from synthia_vllm.engine.arguments import EnginePlan, default_model, plan_engine
 from synthia_vllm.engine.hardware import GIB, Gpu, Machine
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
@@ -103,3 +104,15 @@ def test_the_demo_is_forked_and_others_when_asked(tmp_path: Path, monkeypatch: p
     assert not plan_engine(Settings(model="demo"), machine(24)).fork
     with pytest.raises(SetupError, match=r"--engine\.fork: for CPUs with Intel's OpenMP"):
         plan_engine(settings(tmp_path, engine={"fork": True}), machine(24))
+
+
+@pytest.mark.parametrize("fork", [True, False])
+def test_processes_are_forked_where_that_is_planned_and_in_their_environment(
+    fork: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_A_PLAN", "no")
+    environments: list[str] = []
+    monkeypatch.setattr("synthia_vllm.engine.fork_server.start", lambda: environments.append(os.environ["OF_A_PLAN"]))
+    EnginePlan("model", "name", [], {"OF_A_PLAN": "yes"}, fork=fork).prepare_processes()
+    assert os.environ["OF_A_PLAN"] == "yes"
+    assert environments == (["yes"] if fork else [])
