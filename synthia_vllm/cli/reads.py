@@ -31,6 +31,7 @@ class Reads:
     """A command's settings.
 
     settings   names of fields and groups of `Settings`, or `group.field` of a group that it reads in part
+    unread     `group.field` of those groups that it does not read all the same
     first      those that its --help tells of; --help-all has all
     short      other names that this command has for some: `--replicas` for `--cluster.replicas`
     vllm       whether it takes vLLM's own options after two dashes
@@ -42,9 +43,12 @@ class Reads:
     first: tuple[str, ...]
     short: tuple[tuple[str, str], ...] = ()
     vllm: bool = False
+    unread: tuple[str, ...] = ()
 
     def has(self, path: str) -> bool:
         """Whether it reads `field`, `group.field`, or some of `group`."""
+        if path in self.unread:
+            return False
         return any(path == name or path.startswith(f"{name}.") or name.startswith(f"{path}.") for name in self.settings)
 
 
@@ -92,6 +96,7 @@ _CLUSTER_FIRST = (
     *("access.mode", "access.database", "limits.redis", "engine.max_model_len", "config"),
 )
 _CLUSTER_SHORT = tuple((name, f"cluster.{name}") for name in ("replicas", "address", "gateways"))
+_CLUSTER_UNREAD = ("engine.fork",)  # Ray starts vLLM's processes
 CLUSTER_UP = Reads(
     "synthia-vllm cluster up",
     "Start the cluster, or roll the one that runs to other options.",
@@ -99,6 +104,7 @@ CLUSTER_UP = Reads(
     _CLUSTER_FIRST,
     _CLUSTER_SHORT,
     vllm=True,
+    unread=_CLUSTER_UNREAD,
 )
 CLUSTER_CONFIG = Reads(
     "synthia-vllm cluster config",
@@ -107,6 +113,7 @@ CLUSTER_CONFIG = Reads(
     _CLUSTER_FIRST,
     _CLUSTER_SHORT,
     vllm=True,
+    unread=_CLUSTER_UNREAD,
 )
 RENDER = Reads(
     "synthia-vllm deploy render KIND",

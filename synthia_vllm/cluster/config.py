@@ -26,6 +26,7 @@ _ENGINE_GROUPS = ("model", "prompt", "engine", "tracing")
 _ENGINE_CLUSTER_FIELDS = ("accelerator", "pipeline_parallel_size", "cpus_per_replica", "max_generation_s")
 _NOT_OF_GATEWAYS = ("accelerator", "address", "replicas", "surge", "cpus_per_replica")
 _BOUNDS = ("min_replicas", "max_replicas")
+_NOT_OF_APPLICATIONS = {"config": True, "deploy": True, "engine": {"fork"}}  # Ray starts vLLM's processes
 _ENGINE_FIELDS_OF_GATEWAYS = ("max_model_len", "dtype")  # how long prompts may be
 # Given to Ray's nodes in their environment, never written into a config: Serve shows those to everyone who asks.
 # No key of engines elsewhere: a cluster's are its own.
@@ -179,7 +180,7 @@ def _gateway_settings(settings: Settings) -> dict[str, Any]:
 
 def _dump(settings: Settings) -> dict[str, Any]:
     """What differs from the defaults, without the secrets, paths made absolute: a replica has another folder."""
-    dumped = dump(settings, exclude={"config", "deploy"})
+    dumped = dump(settings, exclude=_NOT_OF_APPLICATIONS)
     for key in ("model", "tokenizer"):
         if dumped.get(key) and Path(dumped[key]).expanduser().is_dir():
             dumped[key] = str(Path(dumped[key]).expanduser().resolve())

@@ -7,6 +7,7 @@ from typing import Any
 from synthia_vllm.engine.arguments import plan_engine
 from synthia_vllm.engine.hardware import inspect_machine
 from synthia_vllm.engine.tokenizer import Tokenizer
+from synthia_vllm.errors import SetupError
 from synthia_vllm.prompt import SAMPLING_DEFAULTS, STOP_STRINGS, SYSTEM_PROMPTS, clean, template_path
 from synthia_vllm.settings import EngineSettings, PromptSettings, Settings
 
@@ -20,8 +21,9 @@ class Synthia:
     >>> synthia.chat([{"role": "user", "content": "What is an orca?"}])
 
     `model` is a folder, a hub id or "demo"; `prompt` and `engine` are the settings' groups; `options` are vLLM's
-    engine arguments by their Python names. Raises SetupError where the model is missing or does not fit. As with
-    vLLM itself, the script's own code belongs under `if __name__ == "__main__":`, since workers are spawned.
+    engine arguments by their Python names. Raises SetupError where the model is missing or does not fit, and for
+    `engine.fork`. As with vLLM itself, the script's own code belongs under `if __name__ == "__main__":`, since workers
+    are spawned.
     """
 
     def __init__(
@@ -32,6 +34,10 @@ class Synthia:
         engine: EngineSettings | None = None,
         **options: Any,
     ) -> None:
+        if engine is not None and engine.fork:
+            raise SetupError(
+                "engine.fork: vLLM's processes are spawned here, `serve` and `batch` fork them; leave it out"
+            )
         # What is not given is as the environment says, and a file that it names.
         given: dict[str, Any] = {"model": model, "prompt": prompt, "engine": engine}
         settings = Settings(**{name: value for name, value in given.items() if value is not None})

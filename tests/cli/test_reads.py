@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from synthia_vllm.cli import cli
 from synthia_vllm.cli.reads import (
+    CLUSTER_CONFIG,
     CLUSTER_UP,
     COMMANDS,
     DOCTOR,
@@ -56,6 +57,12 @@ ALL = leaves()
         (GATEWAY, ["--cluster.replicas", "2"], "--cluster.replicas: "),
         (EXPORTER, ["--fair.policy", "fcfs"], "--fair.policy: "),
         (CLUSTER_UP, ["--upstream", "http://x:1"], "--upstream: "),
+        (
+            CLUSTER_UP,
+            ["--engine.fork"],
+            "--engine.fork: `synthia-vllm cluster up` does not read it; `synthia-vllm serve`",
+        ),
+        (CLUSTER_CONFIG, ["--no-engine.fork"], "--engine.fork: "),
     ],
 )
 def test_what_a_command_does_not_read_is_refused_with_the_one_that_does(
@@ -132,7 +139,7 @@ def test_no_default_is_told_twice(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("reads", COMMANDS, ids=IDS)
 def test_what_is_declared_exists(reads: Reads) -> None:
-    assert all(field_of(path) is not None for path in (*reads.settings, *reads.first))
+    assert all(field_of(path) is not None for path in (*reads.settings, *reads.first, *reads.unread))
     assert all(reads.has(path) for path in reads.first)
     assert all(field_of(path) is not None for _, path in reads.short)
 

@@ -8,7 +8,7 @@ import yaml
 from synthia_vllm.cli.cluster import config_text
 from synthia_vllm.cluster.config import check_agreement, check_environment, ray_environment, serve_config
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import ClusterSettings, DeploySettings, Settings
+from synthia_vllm.settings import ClusterSettings, DeploySettings, EngineSettings, Settings
 
 
 def settings(**cluster: Any) -> Settings:
@@ -35,6 +35,11 @@ def test_numbers_and_delays_change_without_new_replicas() -> None:
     one, two = serve_config(settings(replicas=1)), serve_config(settings(replicas=3, surge=True, drain_s=700))
     assert engine_of(one)["args"] == engine_of(two)["args"]
     assert engine_of(two)["deployments"][0]["num_replicas"] == 3
+
+
+def test_what_another_command_reads_of_a_shared_file_starts_no_replica_anew() -> None:
+    forked = settings().model_copy(update={"engine": EngineSettings(fork=True)})
+    assert serve_config(forked) == serve_config(settings())
 
 
 def test_an_option_of_the_engine_is_a_rollout_of_the_engine_only() -> None:
