@@ -49,7 +49,7 @@ _USERS["fresh"] = _USERS["other"]
 _ENGINE = ("--engine.max-model-len", "4096", "--engine.kv-cache-gib", "1")
 # Named, since three gateways before one engine don't know of each other; each has a third.
 _ROOM = ("--fair.gateways", "3", "--fair.max-in-flight-tokens", "49152", "--fair.max-in-flight-requests", "12")
-_QUIET = ("--cluster.canary-period-s", "300", "--cluster.canary-deadline-s", "300")  # canaries would be in the way
+_QUIET = ("--replicas.canary-period-s", "300", "--replicas.canary-deadline-s", "300")  # canaries would be in the way
 _WORDS = ("orca", "whale", "sea", "north", "cold", "water", "hunt", "pod", "calf", "song", "ice", "deep")
 _RESAMPLES, _TAIL = 2000, 0.005
 _LEVEL = f"{100 * (1 - 2 * _TAIL):g} %"

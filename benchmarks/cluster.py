@@ -94,7 +94,7 @@ def prefix_cache(words: list[str], settings: Settings, model: str, console: Cons
     """Share of prompt tokens that were in a replica's prefix cache, by routing."""
     found = {}
     for routing in ("affinity", "round_robin"):
-        up([*words, "--port", str(settings.port), "--cluster.routing", routing])
+        up([*words, "--port", str(settings.port), "--replicas.routing", routing])
         before = _cache_counters(settings.port)
         asyncio.run(_converse(f"http://127.0.0.1:{settings.port}", model, routing[0]))
         after = _cache_counters(settings.port)

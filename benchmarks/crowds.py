@@ -259,7 +259,7 @@ def overload(
     shipped: dict[str, Any] = {}
     rates: dict[str, float] = {}
     more: dict[str, Any] = {}
-    for name, words in (("without canaries", ["--cluster.canary-period-s", str(_NEVER_S)]), ("as shipped", [])):
+    for name, words in (("without canaries", ["--replicas.canary-period-s", str(_NEVER_S)]), ("as shipped", [])):
         with _engines(engines, queue, "--prefill-tokens-per-second", str(prefill), places=8) as replicas:
             replicas.wait()
             with _gateways(replicas, logs, "ab", queue, *words) as urls:

@@ -20,7 +20,7 @@ from synthia_vllm.cluster.config import ENGINE, GATEWAY
 from synthia_vllm.cluster.rest import ReplicaStatus, ServeApi, applications
 
 _BACK_S = 300.0
-_SETTLE_S = 12.0  # a new replica takes its full share only after `--cluster.slow-start-s`
+_SETTLE_S = 12.0  # a new replica takes its full share only after `--replicas.slow-start-s`
 _ANSWER_S = 5.0
 _STATE = re.compile(r'^synthia_replicas\{state="(\w+)"\} (\d+)', re.MULTILINE)
 ENGINE_CORE = "VLLM::EngineCore"

@@ -36,7 +36,7 @@ from synthia_vllm import __version__
 from synthia_vllm.bench.chaos_demo import kill_one
 from synthia_vllm.bench.machine import machine
 from synthia_vllm.bench.rounds import in_turn
-from synthia_vllm.settings import ClusterSettings
+from synthia_vllm.settings import ReplicasSettings
 
 _REPLICAS = 2
 _WORDS = ("--engine.max-model-len", "2048", "--engine.kv-cache-gib", "1", "--engine.dtype", "float32")
@@ -44,10 +44,10 @@ _REPLY_S, _UNDISTURBED_S, _AROUND_S = 10.0, 30.0, 3.0
 _CROWD = 24
 _AT_ONCE = 16  # requests that an engine runs at once, in the overload
 _PATIENT = ("--fair.max-wait-s", "600")  # who waits a minute for a turn is refused else
-_NO_CANARIES = ("--cluster.canary-period-s", "3600")
+_NO_CANARIES = ("--replicas.canary-period-s", "3600")
 _STOP_AFTER_S = 10.0
 _LEAST_RATIO = 0.95
-_DEADLINE_S = ClusterSettings().canary_deadline_s
+_DEADLINE_S = ReplicasSettings().canary_deadline_s
 
 Scene = Callable[[Cluster, int], Coroutine[Any, Any, dict[str, Any]]]
 

@@ -29,7 +29,7 @@ from synthia_vllm.bench.machine import machine
 KINDS = ("ids", "seed", "penalties", "json")
 APIS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _BACK_S = 300.0
-_SETTLE_S = 12.0  # a new replica takes its full share only after `--cluster.slow-start-s`
+_SETTLE_S = 12.0  # a new replica takes its full share only after `--replicas.slow-start-s`
 _SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {name: {"type": "string", "maxLength": 60} for name in ("title", "place", "plot", "moral")},

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import load_settings, refuse_gateways_options
+from synthia_vllm.settings import (
+    ClusterSettings,
+    ReplicasSettings,
+    ScalingSettings,
+    load_settings,
+    new_path,
+    refuse_gateways_options,
+    settings_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +60,8 @@ def test_an_unknown_key_in_the_file_is_named(tmp_path: Path) -> None:
         (["--max-in-flight-tokens", "3"], "--fair.max-in-flight-tokens"),
         (["--max_body_bytes", "3"], "--max-body-bytes"),
         (["--Port", "3"], "--port"),
+        (["--replicas", "3"], "--cluster.replicas or one of --replicas"),
+        (["--prompt", '{"style": "script"}'], "one of --prompt"),
     ],
 )
 def test_an_unknown_option_is_told_with_the_nearest_and_without_the_whole_usage(
@@ -173,3 +183,44 @@ def test_what_only_a_gateway_takes_is_refused_with_the_cure(argv: list[str]) -> 
 
 def test_a_gateways_option_at_its_default_is_none() -> None:
     refuse_gateways_options(load_settings(["--resume"]), "synthia-vllm serve")
+
+
+_MOVED = {
+    "routing": "it is --replicas.routing now, in the environment SYNTHIA_REPLICAS__ROUTING, in a file routing below "
+    "replicas",
+    "max_replicas": "it is --scaling.max-replicas now, in the environment SYNTHIA_SCALING__MAX_REPLICAS, in a file "
+    "max_replicas below scaling",
+}
+
+
+@pytest.mark.parametrize("source", ["command line", "as a file has it", "environment", "file", "data"])
+@pytest.mark.parametrize("name", _MOVED)
+def test_a_name_of_before_is_told_with_the_one_of_now(
+    source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv: list[str] = []
+    old = f"--cluster.{name.replace('_', '-')}"
+    if source == "command line":
+        argv = [f"{old}=3"]
+    elif source == "as a file has it":
+        argv = [f"--cluster.{name}", "3"]
+        old = argv[0]
+    elif source == "environment":
+        monkeypatch.setenv(f"SYNTHIA_CLUSTER__{name.upper()}", "3")
+    elif source == "file":
+        file = tmp_path / "synthia.yaml"
+        file.write_text(f"cluster: {{{name}: 3}}\n")
+        argv = ["--config", str(file)]
+    with pytest.raises(SetupError) as told:
+        settings_of({"cluster": {name: 3}}) if source == "data" else load_settings(argv)
+    assert str(told.value) == f"{old}: {_MOVED[name]}"
+
+
+def test_a_setting_that_was_of_the_cluster_has_one_new_place() -> None:
+    groups = {"cluster": ClusterSettings, "scaling": ScalingSettings, "replicas": ReplicasSettings}
+    names = [name for group in groups.values() for name in group.model_fields]
+    assert len(names) == len(set(names))
+    for group, fields in groups.items():
+        for name in fields.model_fields:
+            assert new_path(f"cluster.{name}") == (None if group == "cluster" else f"{group}.{name}")
+    assert new_path("fair.routing") is None

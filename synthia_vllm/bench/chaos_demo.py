@@ -22,7 +22,7 @@ PROMPTS = (
 )  # fmt: skip
 _BACK_S = 300.0
 _LOOK_S = 0.5
-# A new replica takes its full share of requests only after `--cluster.slow-start-s`.
+# A new replica takes its full share of requests only after `--replicas.slow-start-s`.
 _SETTLE_S = 12.0
 
 PidList = Callable[[], Awaitable[list[int]]]

@@ -235,7 +235,7 @@ def _check_same(settings: Settings, ray: "LocalRay", environment: dict[str, str]
     changed = sorted(name for name, value in environment.items() if ray.environment.get(name) != value)
     if changed:
         raise SetupError(
-            "--timeouts.headers, --timeouts.body, --cluster.drain-s or --cluster.max-generation-s asks for another "
+            "--timeouts.headers, --timeouts.body, --cluster.drain-s or --replicas.max-generation-s asks for another "
             f"{', '.join(changed)} than the running Ray was started with; {cure}"
         )
 

@@ -114,11 +114,11 @@ def _pool(settings: Settings) -> "ReplicaPool":
     from synthia_vllm.replicas.pool import ReplicaPool
     from synthia_vllm.secret_urls import reveal
 
-    cluster = settings.cluster
-    if "start_wait_s" not in cluster.model_fields_set:
-        cluster = cluster.model_copy(update={"start_wait_s": settings.fair.max_wait_s})
+    replicas = settings.replicas
+    if "start_wait_s" not in replicas.model_fields_set:
+        replicas = replicas.model_copy(update={"start_wait_s": settings.fair.max_wait_s})
     return ReplicaPool(
-        cluster,
+        replicas,
         tokenizer=Tokenizer.load(settings.tokenizer) if settings.tokenizer else None,
         context=settings.engine.max_model_len,
         key=reveal(settings.upstream_key),

@@ -11,17 +11,12 @@ import click
 
 from synthia_vllm.cli.settings_help import help_text
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import Settings, field_of, load_settings, option_of, path_of
+from synthia_vllm.settings import Settings, field_of, group_of, load_settings, option_of, path_of
 
 # What a gateway is, wherever its engines are.
 _GATEWAY = (
     *("config", "host", "port", "insecure", "drain_timeout", "max_body_bytes", "page", "cors_origins", "prompt"),
     *("access", "limits", "fair", "timeouts", "log", "slo", "metrics", "tracing"),
-)
-# How replicas are watched, chosen and left: what the pool of `synthia_vllm.replicas` goes by.
-_POOL = (
-    *("routing", "max_load_factor", "canary_period_s", "canary_deadline_s", "handover_s", "slow_start_s", "max_losses"),
-    *("max_resumes", "start_wait_s", "max_generation_s", "max_requests_per_replica"),
 )
 _ENGINES_ELSEWHERE = ("upstream", "upstream_key")
 
@@ -72,10 +67,7 @@ DOCTOR = Reads(
 GATEWAY = Reads(
     "synthia-vllm gateway",
     "Keys, limits, fair sharing and the bill in front of engines that run elsewhere.",
-    (
-        *(*_GATEWAY, *_ENGINES_ELSEWHERE, "resume", "tokenizer", "engine.max_model_len"),
-        *(f"cluster.{name}" for name in _POOL),
-    ),
+    (*_GATEWAY, *_ENGINES_ELSEWHERE, "resume", "tokenizer", "engine.max_model_len", "replicas"),
     (
         *("upstream", "upstream_key", "tokenizer", "host", "port", "insecure", "access.mode", "access.database"),
         *("limits.redis", "fair.gateways", "fair.max_wait_s", "config"),
@@ -90,9 +82,9 @@ EXPORTER = Reads(
     ),
     ("upstream", "upstream_key", "host", "port", "insecure", "access.mode", "metrics.replica_wait_s", "config"),
 )
-_CLUSTER = (*_GATEWAY, "model", "engine", "cluster", "log_file")
+_CLUSTER = (*_GATEWAY, "model", "engine", "cluster", "scaling", "replicas", "log_file")
 _CLUSTER_FIRST = (
-    *("model", "cluster.replicas", "cluster.max_replicas", "cluster.gateways", "cluster.address", "host", "port"),
+    *("model", "cluster.replicas", "scaling.max_replicas", "cluster.gateways", "cluster.address", "host", "port"),
     *("access.mode", "access.database", "limits.redis", "engine.max_model_len", "config"),
 )
 _CLUSTER_SHORT = tuple((name, f"cluster.{name}") for name in ("replicas", "address", "gateways"))
@@ -154,7 +146,8 @@ def _given(words: Sequence[str]) -> Iterator[str]:
     for word in words:
         if word.startswith("--"):
             path = path_of(word.partition("=")[0])
-            if field_of(path) is not None:
+            field = field_of(path)
+            if field is not None and group_of(field) is None:
                 yield path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.serve import Application
 
-from synthia_vllm.settings import Settings
+from synthia_vllm.settings import settings_of
 
 
 def engine(args: Mapping[str, Any]) -> Application:
@@ -20,7 +20,7 @@ def engine(args: Mapping[str, Any]) -> Application:
     from synthia_vllm.cluster.config import check_environment
     from synthia_vllm.cluster.engine_app import build_engine
 
-    settings = Settings(**args.get("settings", {}))
+    settings = settings_of(args.get("settings", {}))
     check_environment(settings)
     return build_engine(settings, args.get("vllm_options", ()))
 
@@ -29,4 +29,4 @@ def gateway(args: Mapping[str, Any]) -> Application:
     """The single machine's gateway with the engine application's replicas as its upstream."""
     from synthia_vllm.cluster.gateway_app import build_gateway
 
-    return build_gateway(Settings(**args.get("settings", {})))
+    return build_gateway(settings_of(args.get("settings", {})))

@@ -5,6 +5,7 @@ options of the deployments, which Serve changes while they run.
 """
 
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -14,7 +15,7 @@ from typing import Any
 from synthia_vllm.errors import SetupError
 from synthia_vllm.secret_urls import reveal
 from synthia_vllm.settings import SECRETS as SETTINGS_SECRETS
-from synthia_vllm.settings import ClusterSettings, Settings, dump
+from synthia_vllm.settings import ClusterSettings, Settings, dump, option_of
 
 ENGINE, GATEWAY = "engine", "gateway"  # the applications
 ENGINE_ROUTE = "/engine"
@@ -22,12 +23,15 @@ ENGINE_ROUTE = "/engine"
 # another one, another model would be another deployment, and not a rollout.
 ENGINE_DEPLOYMENT, GATEWAY_DEPLOYMENT = "Engine:synthia", "GatewayReplica"
 # Of the settings, what an engine replica is made from.
-_ENGINE_GROUPS = ("model", "prompt", "engine", "tracing")
-_ENGINE_CLUSTER_FIELDS = ("accelerator", "pipeline_parallel_size", "cpus_per_replica", "max_generation_s")
-_NOT_OF_GATEWAYS = ("accelerator", "address", "replicas", "surge", "cpus_per_replica")
+_ENGINE_GROUPS = ("model", "prompt", "engine", "tracing", "cluster", "replicas")
+_ENGINE_FIELDS = {
+    "cluster": ("accelerator", "pipeline_parallel_size", "cpus_per_replica", "replay"),
+    "replicas": ("max_generation_s",),
+}
 _BOUNDS = ("min_replicas", "max_replicas")
 _NOT_OF_APPLICATIONS = {"config": True, "deploy": True, "engine": {"fork"}}  # Ray starts vLLM's processes
-_ENGINE_FIELDS_OF_GATEWAYS = ("max_model_len", "dtype")  # how long prompts may be
+# And of these groups, what a gateway goes by; `engine`: how long prompts may be.
+_GATEWAY_FIELDS = {"cluster": ("gateways",), "engine": ("max_model_len", "dtype")}
 # Given to Ray's nodes in their environment, never written into a config: Serve shows those to everyone who asks.
 # No key of engines elsewhere: a cluster's are its own.
 SECRETS = {f"SYNTHIA_{'__'.join(path).upper()}": path for path in SETTINGS_SECRETS if path != ("upstream_key",)}
@@ -46,7 +50,6 @@ def serve_config(settings: Settings, vllm_options: Sequence[str] = ()) -> dict[s
     `settings.model` has to be set. Raises SetupError where options contradict one another.
     """
     check_agreement(settings)
-    cluster = settings.cluster
     return {
         "proxy_location": "EveryNode",
         "http_options": {
@@ -61,14 +64,14 @@ def serve_config(settings: Settings, vllm_options: Sequence[str] = ()) -> dict[s
                 "route_prefix": ENGINE_ROUTE,
                 "import_path": "synthia_vllm.cluster.apps:engine",
                 "args": {"settings": _engine_settings(settings), "vllm_options": list(vllm_options)},
-                "deployments": [{"name": ENGINE_DEPLOYMENT, **_engine_options(cluster)}],
+                "deployments": [{"name": ENGINE_DEPLOYMENT, **_engine_options(settings)}],
             },
             {
                 "name": GATEWAY,
                 "route_prefix": "/",
                 "import_path": "synthia_vllm.cluster.apps:gateway",
                 "args": {"settings": _gateway_settings(settings)},
-                "deployments": [{"name": GATEWAY_DEPLOYMENT, **_gateway_options(cluster)}],
+                "deployments": [{"name": GATEWAY_DEPLOYMENT, **_gateway_options(settings.cluster)}],
             },
         ],
     }
@@ -76,7 +79,7 @@ def serve_config(settings: Settings, vllm_options: Sequence[str] = ()) -> dict[s
 
 def ray_environment(settings: Settings) -> dict[str, str]:
     """What every node of Ray needs in its environment before it starts, beside the secrets."""
-    timeouts, cluster = settings.timeouts, settings.cluster
+    timeouts = settings.timeouts
     return {
         **dict.fromkeys(_SWITCHES, "1"),
         # Without a byte from a client that has to send one. A reply may take as long as it likes: `timeout server` is
@@ -86,7 +89,7 @@ def ray_environment(settings: Settings) -> dict[str, str]:
         # last line of its `defaults` section is this algorithm, so that one more line can follow.
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": f"leastconn\n    timeout http-request {math.ceil(timeouts.headers)}s",
         # An old HAProxy process lives on for its streams after each reload, at most so long.
-        _HARD_STOP: str(math.ceil(max(cluster.drain_s, cluster.max_generation_s)) + _MARGIN_S),
+        _HARD_STOP: str(math.ceil(max(settings.cluster.drain_s, settings.replicas.max_generation_s)) + _MARGIN_S),
         # Three times without HAProxy, and it is started again; at Ray's 10 s nobody would be served for half a minute.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(_DEREGISTRATION_S),
@@ -101,34 +104,34 @@ def ray_environment(settings: Settings) -> dict[str, str]:
 
 def check_agreement(settings: Settings) -> None:
     """Raises SetupError for times and numbers that contradict one another; it names both and the cure."""
-    c = settings.cluster
     bounds = [
-        (c.drain_s >= c.max_generation_s, "drain-s", "max-generation-s", "a stream that can't move would be cut"),
-        (c.handover_s <= c.drain_s, "handover-s", "drain-s", "streams would be cut before they are handed over"),
+        (operator.ge, "cluster.drain_s", "replicas.max_generation_s", "a stream that can't move would be cut"),
+        (operator.le, "replicas.handover_s", "cluster.drain_s", "streams would be cut before they are handed over"),
         (
-            c.health_timeout_s > c.canary_deadline_s,
-            "health-timeout-s",
-            "canary-deadline-s",
+            operator.gt,
+            "cluster.health_timeout_s",
+            "replicas.canary_deadline_s",
             "Serve would stop a replica before its streams are moved",
         ),
     ]
     for holds, one, other, why in bounds:
-        if not holds:
-            value, against = getattr(c, one.replace("-", "_")), getattr(c, other.replace("-", "_"))
-            word = "lower it, or raise" if one == "handover-s" else "raise it, or lower"
+        value, against = attrgetter(one, other)(settings)
+        if not holds(value, against):
+            word = "lower it, or raise" if holds is operator.le else "raise it, or lower"
             raise SetupError(
-                f"--cluster.{one} {value:g} does not fit --cluster.{other} {against:g}: {why}; {word} the other"
+                f"{option_of(one)} {value:g} does not fit {option_of(other)} {against:g}: {why}; {word} the other"
             )
-    if c.max_replicas is None:
-        if c.replicas < 1:
+    replicas, scaling = settings.cluster.replicas, settings.scaling
+    if scaling.max_replicas is None:
+        if replicas < 1:
             raise SetupError(
-                "--cluster.replicas 0: nothing would ever start; add --cluster.max-replicas for scaling from zero, or "
+                "--cluster.replicas 0: nothing would ever start; add --scaling.max-replicas for scaling from zero, or "
                 "set at least 1"
             )
-    elif not c.min_replicas <= c.replicas <= c.max_replicas:
+    elif not scaling.min_replicas <= replicas <= scaling.max_replicas:
         raise SetupError(
-            f"--cluster.replicas {c.replicas}: has to be between --cluster.min-replicas {c.min_replicas} and "
-            f"--cluster.max-replicas {c.max_replicas}"
+            f"--cluster.replicas {replicas}: has to be between --scaling.min-replicas {scaling.min_replicas} and "
+            f"--scaling.max-replicas {scaling.max_replicas}"
         )
 
 
@@ -141,10 +144,10 @@ def check_environment(settings: Settings, environment: Mapping[str, str] = os.en
                 f"--cluster.address: this Ray runs without {name}=1; start its nodes with the environment that "
                 "`synthia-vllm cluster config` prints"
             )
-    hard_stop = float(environment.get(_HARD_STOP, 120))
-    if hard_stop < settings.cluster.max_generation_s:
+    hard_stop, longest = float(environment.get(_HARD_STOP, 120)), settings.replicas.max_generation_s
+    if hard_stop < longest:
         raise SetupError(
-            f"--cluster.max-generation-s {settings.cluster.max_generation_s:g} is more than {_HARD_STOP} {hard_stop:g} "
+            f"--replicas.max-generation-s {longest:g} is more than {_HARD_STOP} {hard_stop:g} "
             f"of this Ray: HAProxy would cut streams; start its nodes with {_HARD_STOP}={wanted[_HARD_STOP]}"
         )
 
@@ -161,9 +164,7 @@ def secrets_of(settings: Settings) -> dict[str, str]:
 
 def _engine_settings(settings: Settings) -> dict[str, Any]:
     dumped = _dump(settings)
-    cluster = {key: value for key, value in dumped.get("cluster", {}).items() if key in _ENGINE_CLUSTER_FIELDS}
-    picked = {key: dumped[key] for key in _ENGINE_GROUPS if key in dumped}
-    return picked | ({"cluster": cluster} if cluster else {})
+    return _less({key: dumped[key] for key in _ENGINE_GROUPS if key in dumped}, _ENGINE_FIELDS)
 
 
 def _gateway_settings(settings: Settings) -> dict[str, Any]:
@@ -172,10 +173,18 @@ def _gateway_settings(settings: Settings) -> dict[str, Any]:
     for name in ("port", "log_file", "drain_timeout"):
         dumped.pop(name, None)
     # A gateway without a replica is ready all the same where its queue is what wakes one.
-    not_told = _NOT_OF_GATEWAYS + (() if settings.cluster.scales_to_zero else _BOUNDS)
-    cluster = {key: value for key, value in dumped.pop("cluster", {}).items() if key not in not_told}
-    engine = {key: value for key, value in dumped.pop("engine", {}).items() if key in _ENGINE_FIELDS_OF_GATEWAYS}
-    return dumped | ({"cluster": cluster} if cluster else {}) | ({"engine": engine} if engine else {})
+    bounds = _BOUNDS if settings.scaling.scales_to_zero else ()
+    return _less(dumped, {**_GATEWAY_FIELDS, "scaling": bounds})
+
+
+def _less(dumped: dict[str, Any], fields: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """With no other fields of these groups, and no group that is empty then."""
+    parts = {
+        group: {name: value for name, value in dumped.get(group, {}).items() if name in of_group}
+        for group, of_group in fields.items()
+    }
+    rest = {group: value for group, value in dumped.items() if group not in parts}
+    return rest | {group: part for group, part in parts.items() if part}
 
 
 def _dump(settings: Settings) -> dict[str, Any]:
@@ -187,11 +196,12 @@ def _dump(settings: Settings) -> dict[str, Any]:
     return dumped
 
 
-def _engine_options(cluster: ClusterSettings) -> dict[str, Any]:
+def _engine_options(settings: Settings) -> dict[str, Any]:
+    cluster, scaling = settings.cluster, settings.scaling
     options: dict[str, Any] = {
         # Serve refuses none that is more: with direct ingress it waits there unseen, our own questions too. So twice
         # what the gateways give on average; with affinity some replicas get more than others.
-        "max_ongoing_requests": 2 * cluster.max_requests_per_replica,
+        "max_ongoing_requests": 2 * settings.replicas.max_requests_per_replica,
         "health_check_period_s": cluster.health_period_s,
         "health_check_timeout_s": cluster.health_timeout_s,
         "graceful_shutdown_timeout_s": cluster.drain_s + _DEREGISTRATION_S + _MARGIN_S,
@@ -199,20 +209,20 @@ def _engine_options(cluster: ClusterSettings) -> dict[str, Any]:
         "rolling_update_percentage": 0.01,  # one at a time
         "max_surge_percent": 1 if cluster.surge else 0,  # rounded up to one replica
     }
-    if cluster.max_replicas is None:
+    if scaling.max_replicas is None:
         return {"num_replicas": cluster.replicas, **options}
-    scaling = {
-        "min_replicas": cluster.min_replicas,
+    autoscaling = {
+        "min_replicas": scaling.min_replicas,
         "initial_replicas": cluster.replicas,
-        "max_replicas": cluster.max_replicas,
-        "upscale_delay_s": cluster.upscale_delay_s,
-        "downscale_delay_s": cluster.downscale_delay_s,
+        "max_replicas": scaling.max_replicas,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
         "policy": {
             "policy_function": "synthia_vllm.cluster.autoscaling:TokenLoadPolicy",
-            "policy_kwargs": {"target_load": cluster.target_load},
+            "policy_kwargs": {"target_load": scaling.target_load},
         },
     }
-    return {"num_replicas": "auto", "autoscaling_config": scaling, **options}
+    return {"num_replicas": "auto", "autoscaling_config": autoscaling, **options}
 
 
 def _gateway_options(cluster: ClusterSettings) -> dict[str, Any]:

@@ -78,7 +78,8 @@ class ClusterGateway:
         timeouts = settings.timeouts
         tokenizer, context = tokenizer_of(settings)
         pool = ReplicaPool(
-            settings.cluster,
+            settings.replicas,
+            wakes=settings.scaling.scales_to_zero,
             tokenizer=tokenizer,
             context=context,
             names=(find_model(settings.model)[1],) if settings.model else (),

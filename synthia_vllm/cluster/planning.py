@@ -87,17 +87,22 @@ def _replay(settings: Settings, machine: Machine, vllm_options: Sequence[str]) -
     return ["--logits-processors", REPLAY] if wanted else []
 
 
+def most_replicas(settings: Settings) -> tuple[int, str]:
+    """How many engine replicas there may be at most, and the option that says so."""
+    most = settings.scaling.max_replicas
+    return (most, "--scaling.max-replicas") if most else (settings.cluster.replicas, "--cluster.replicas")
+
+
 def check_room(settings: Settings, machine: Machine, plan: EnginePlan) -> None:
     """Raises SetupError where this machine has not the GPUs for the replicas that are asked for."""
     machine = as_asked(machine, settings)
     if not machine.gpus:
         return
     each = gpus_of_stage(plan) * settings.cluster.pipeline_parallel_size
-    count = settings.cluster.max_replicas or settings.cluster.replicas
-    option = "max-replicas" if settings.cluster.max_replicas else "replicas"
-    if count * each > len(machine.gpus):
+    most, option = most_replicas(settings)
+    if most * each > len(machine.gpus):
         raise SetupError(
-            f"--cluster.{option} {count}: each takes {each} GPU(s) and this machine has {len(machine.gpus)}; ask for "
+            f"{option} {most}: each takes {each} GPU(s) and this machine has {len(machine.gpus)}; ask for "
             f"{len(machine.gpus) // each}, or join other machines to a Ray cluster and give --cluster.address"
         )
     if settings.cluster.surge and (settings.cluster.replicas + 1) * each > len(machine.gpus):

@@ -6,6 +6,8 @@ from synthia_vllm import __version__
 from synthia_vllm.settings import Settings, dump
 
 _OF_RENDERING = ("config", "deploy")
+OF_RAY = ("cluster", "scaling")  # what is read where Ray runs
+OF_SEVERAL = (*OF_RAY, "replicas")  # and where there are several replicas; of no use to `serve`
 
 
 def image(settings: Settings, flavour: str) -> str:

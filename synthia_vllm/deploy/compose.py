@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from synthia_vllm.deploy.common import image, settings_file
+from synthia_vllm.deploy.common import OF_RAY, image, settings_file
 from synthia_vllm.deploy.files import SHIPPED, Files, shipped, to_yaml
 from synthia_vllm.deploy.sizing import Sizing, size
 from synthia_vllm.settings import Settings, dump
@@ -75,7 +75,7 @@ def engine_settings(settings: Settings) -> Object:
 
 
 def gateway_settings(settings: Settings) -> Object:
-    dumped = settings_file(settings, without=("cluster", "engine", "model", "log_file"))
+    dumped = settings_file(settings, without=(*OF_RAY, "engine", "model", "log_file"))
     own: Object = {"host": "0.0.0.0", "port": settings.port, "upstream": [f"http://engine:{_ENGINE_PORT}"]}
     limits = {"redis": "redis://redis:6379/0"} | dumped.pop("limits", {})
     return dumped | own | {"limits": limits, "log": {"format": "json"} | dumped.get("log", {})}

@@ -44,7 +44,7 @@ def _on_premises(settings: Settings, sizing: Sizing) -> Object:
 
 def _aws(settings: Settings, sizing: Sizing) -> Object:
     """Engines on `deploy.instance_type`, the head on a small machine of its own; Ray starts and ends the machines."""
-    scaling = settings.cluster.max_replicas is not None
+    scaling = settings.scaling.max_replicas is not None
     nodes = settings.deploy.nodes
     resources: dict[str, int] = {"CPU": settings.deploy.cpus_per_node}
     if sizing.gpus:
@@ -54,13 +54,13 @@ def _aws(settings: Settings, sizing: Sizing) -> Object:
         "provider": {"type": "aws", "region": "us-east-1", "cache_stopped_nodes": False},
         "auth": {"ssh_user": "ubuntu"},
         "max_workers": nodes,
-        "idle_timeout_minutes": max(1, round(settings.cluster.downscale_delay_s / 60)),
+        "idle_timeout_minutes": max(1, round(settings.scaling.downscale_delay_s / 60)),
         "available_node_types": {
             "head": {"node_config": {"InstanceType": "m7i.xlarge"}, "resources": {"CPU": 0}},
             "engine": {
                 "node_config": {"InstanceType": settings.deploy.instance_type},
                 "resources": resources,
-                "min_workers": min(settings.cluster.min_replicas, nodes) if scaling else nodes,
+                "min_workers": min(settings.scaling.min_replicas, nodes) if scaling else nodes,
                 "max_workers": nodes,
             },
         },

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from synthia_vllm.cluster.config import check_agreement
+from synthia_vllm.cluster.planning import most_replicas
 from synthia_vllm.engine.arguments import DEMO, SYNTHIA
 from synthia_vllm.engine.hardware import GIB, Gpu, Machine
 from synthia_vllm.engine.memory import Geometry, check_gpu_memory, choose_kv_bytes, read_geometry
@@ -147,10 +148,10 @@ def _check_replicas(settings: Settings, gpus: int, stages: int) -> None:
             "--cluster.pipeline-parallel-size a node's GPUs have to be a multiple of it; give another number of either"
         )
     fit = deploy.nodes * (deploy.gpus_per_node // gpus) // stages
-    wanted, option = (cluster.max_replicas, "max-replicas") if cluster.max_replicas else (cluster.replicas, "replicas")
+    wanted, option = most_replicas(settings)
     if wanted > fit:
         raise SetupError(
-            f"--cluster.{option} {wanted} does not fit --deploy.nodes {deploy.nodes} with --deploy.gpus-per-node "
+            f"{option} {wanted} does not fit --deploy.nodes {deploy.nodes} with --deploy.gpus-per-node "
             f"{deploy.gpus_per_node}: a replica takes {gpus} GPU(s) of {stages} node(s), so {fit} fit; ask for at most "
             f"that, or give {-(-wanted * stages // (deploy.gpus_per_node // gpus))} nodes"
         )

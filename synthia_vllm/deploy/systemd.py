@@ -2,7 +2,7 @@
 
 import math
 
-from synthia_vllm.deploy.common import settings_file
+from synthia_vllm.deploy.common import OF_SEVERAL, settings_file
 from synthia_vllm.deploy.files import Files, fill, to_yaml
 from synthia_vllm.deploy.sizing import size
 from synthia_vllm.settings import LOOPBACK, Settings
@@ -33,7 +33,7 @@ def render_proxies(settings: Settings) -> Files:
         "body": settings.max_body_bytes,
         # The gateway writes something at least so often, or ends the request itself.
         "read_s": math.ceil(
-            max(settings.timeouts.upstream_read, settings.fair.max_wait_s, settings.cluster.start_wait_s)
+            max(settings.timeouts.upstream_read, settings.fair.max_wait_s, settings.replicas.start_wait_s)
         ),
         "idle_s": math.ceil(settings.timeouts.idle),
     }
@@ -44,7 +44,7 @@ def render_proxies(settings: Settings) -> Files:
 
 
 def _settings(settings: Settings) -> dict[str, object]:
-    own = settings_file(settings, without=("cluster",))
+    own = settings_file(settings, without=OF_SEVERAL)
     # Behind the proxy all clients come from this machine, so that `auto` would let them in without keys.
     access = own.get("access", {})
     if settings.host in LOOPBACK and settings.access.mode == "auto":

@@ -24,7 +24,7 @@ from synthia_vllm.replicas.models import ModelList
 from synthia_vllm.replicas.replica import Replica, Waiter
 from synthia_vllm.replicas.routing import Router
 from synthia_vllm.replicas.sequence import PooledSequence
-from synthia_vllm.settings import ClusterSettings
+from synthia_vllm.settings import ReplicasSettings
 from synthia_vllm.supervise import spawn, supervise
 
 _TICK_S = 0.2
@@ -48,13 +48,14 @@ class ReplicaPool:
     An engine that is no vLLM is asked for nothing but what it is: tokens of others may cost money. It is well while it
     takes connections, and a reply of which nothing comes for `silence_s` seconds is lost.
 
-    Requests wait in order of arrival while no replica is up, at most `start_wait_s`: 503 after that. `async with` opens
-    the connections and watches the replicas. `on_capacity` is told when what all of them hold changes.
+    Requests wait in order of arrival while no replica is up, at most `start_wait_s`: 503 after that. Where that
+    `wakes` one, the pool is ready all the same. `async with` opens the connections and watches the replicas.
+    `on_capacity` is told when what all of them hold changes.
     """
 
     def __init__(
         self,
-        settings: ClusterSettings,
+        settings: ReplicasSettings,
         *,
         tokenizer: Tokenizer | None = None,
         context: int | None = None,
@@ -63,8 +64,10 @@ class ReplicaPool:
         connect_timeout: float = 5.0,
         silence_s: float = 300.0,
         resume: bool = True,
+        wakes: bool = False,
     ) -> None:
         self.settings = settings
+        self.wakes = wakes  # whether a request that waits has a replica started where there is none
         self.silence_s = silence_s
         self.resume = resume  # False: what has lost its replica ends with an error, unless nothing of it had come yet
         self.tokenizer = tokenizer  # None: prompts go as text
@@ -143,7 +146,7 @@ class ReplicaPool:
     async def ready(self) -> bool:
         """Whether a request would be taken: by a replica, or by the queue for one where none is meant to run."""
         none_failed = not any(one.state in ("up", "out") for one in self._replicas.values())
-        return bool(self.up()) or (self.settings.scales_to_zero and none_failed)
+        return bool(self.up()) or (self.wakes and none_failed)
 
     # For `PooledSequence`
 

@@ -20,7 +20,7 @@ from synthia_vllm.replicas.replica import Replica, Waiter
 from synthia_vllm.replicas.reply import Reply
 from synthia_vllm.replicas.resume import resume, stateful
 from synthia_vllm.replicas.transcript import Transcript
-from synthia_vllm.settings import ClusterSettings
+from synthia_vllm.settings import ReplicasSettings
 
 _PATIENCE_S = 2.0  # between two notes to a client that waits for a replica
 _ACQUITTED_AFTER = 8  # tokens: what kills an engine does so where it did so before
@@ -33,7 +33,7 @@ _log = structlog.get_logger(__name__)
 class Replicas(Protocol):
     """What a sequence needs of the pool."""
 
-    settings: ClusterSettings
+    settings: ReplicasSettings
     silence_s: float
     resume: bool
     tokenizer: Tokenizer | None
@@ -183,7 +183,7 @@ class PooledSequence:
         limits = self._pool.settings
         if loss.reason == "overlong":
             raise UpstreamTimeout(
-                f"the reply took longer than any may: {limits.max_generation_s:g} s (--cluster.max-generation-s)"
+                f"the reply took longer than any may: {limits.max_generation_s:g} s (--replicas.max-generation-s)"
             )
         self._pool.lost(replica, loss.reason)
         self._last_loss = loss.reason

@@ -27,7 +27,7 @@ TOKENS = 200 if FULL else 60
 TOKENS_PER_SECOND = 20
 BOUND_S = 60.0  # generous: what is asserted is that it comes to that, not when
 _LISTING_S = 0.1
-CLUSTER: dict[str, Any] = {"canary_period_s": 0.4, "canary_deadline_s": 1.2, "slow_start_s": 0.0, "handover_s": 0.5}
+OF_POOL: dict[str, Any] = {"canary_period_s": 0.4, "canary_deadline_s": 1.2, "slow_start_s": 0.0, "handover_s": 0.5}
 
 
 class Both:
@@ -106,13 +106,13 @@ class House:
 
 @asynccontextmanager
 async def house(
-    replicas: ReplicaSet | Both, *, cluster: dict[str, Any] | None = None, connect_timeout: float = 1.0, **options: Any
+    replicas: ReplicaSet | Both, *, of_pool: dict[str, Any] | None = None, connect_timeout: float = 1.0, **options: Any
 ) -> AsyncIterator[House]:
     """Gateway, pool and a discovery that tells the pool ten times a second; all replicas are up."""
     told = {"limits": {"concurrent_requests": 100_000}, "log": {"requests": False}, "port": 0, "drain_timeout": 2.0}
-    settings = Settings(**told | options, cluster=CLUSTER | (cluster or {}))
+    settings = Settings(**told | options, replicas=OF_POOL | (of_pool or {}))
     sock = bind(settings)
-    pool = ReplicaPool(settings.cluster, tokenizer=null_tokenizer(), connect_timeout=connect_timeout)
+    pool = ReplicaPool(settings.replicas, tokenizer=null_tokenizer(), connect_timeout=connect_timeout)
     gateway = Gateway(pool, settings, capacity=Capacity())
     ready = asyncio.Event()
     async with pool, gateway:

@@ -49,7 +49,7 @@ async def test_a_replica_is_cut_off_and_comes_back(line: Line, replicas: Replica
 async def test_a_fifth_of_all_packets_is_lost(line: Line) -> None:
     with ReplicaSet(REPLICAS, options=PACE, host=FAR, prefix=line.prefix, name="far") as far:
         far.wait()
-        async with house(far, cluster=PATIENT, connect_timeout=8.0) as running:
+        async with house(far, of_pool=PATIENT, connect_timeout=8.0) as running:
             line.lose(20)
             streams = running.load(STREAMS if not FULL else 100)
             await asyncio.sleep(1.0)

@@ -67,7 +67,7 @@ async def test_the_last_replica_hangs_for_a_while(replicas: ReplicaSet) -> None:
 
 async def test_sigstop_for_a_moment_moves_nobody(replicas: ReplicaSet) -> None:
     before = resumes()
-    async with house(replicas, cluster={"canary_deadline_s": 30.0}) as running:
+    async with house(replicas, of_pool={"canary_deadline_s": 30.0}) as running:
         streams = running.load()
         await running.busy()
         name = running.busiest()

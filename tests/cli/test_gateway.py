@@ -20,7 +20,7 @@ def test_a_url_that_is_none_is_told(command: str, url: str) -> None:
     [
         ([], 60.0),
         (["--fair.max-wait-s", "7"], 7.0),
-        (["--fair.max-wait-s", "7", "--cluster.start-wait-s", "600"], 600.0),
+        (["--fair.max-wait-s", "7", "--replicas.start-wait-s", "600"], 600.0),
     ],
 )
 def test_who_finds_no_engine_waits_as_long_as_in_the_queue(words: list[str], seconds: float) -> None:

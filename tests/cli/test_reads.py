@@ -27,7 +27,7 @@ from synthia_vllm.cli.reads import (
 from synthia_vllm.engine.arguments import OF_VLLMS_SERVER, plan_engine
 from synthia_vllm.engine.hardware import GIB, Machine
 from synthia_vllm.errors import SetupError
-from synthia_vllm.settings import Settings, field_of, group_of, option_of, path_of
+from synthia_vllm.settings import ReplicasSettings, Settings, field_of, group_of, option_of, path_of
 
 ROOT = Path(__file__).parents[2]
 SCREEN = 45  # lines
@@ -96,6 +96,28 @@ def test_short_forms() -> None:
         settings_for(SERVE, ["--replicas", "2"])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--replicas", "2", "--replicas.routing", "round_robin"],
+        ["--replicas.routing=round_robin", "--replicas=2"],
+        ["--cluster.replicas", "2", "--replicas.routing", "round_robin"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("reads", [CLUSTER_UP, CLUSTER_CONFIG], ids=lambda reads: reads.prog)
+def test_the_short_option_and_the_group_of_its_name_stand_beside_each_other(reads: Reads, words: list[str]) -> None:
+    settings = settings_for(reads, words)
+    assert (settings.cluster.replicas, settings.replicas.routing) == (2, "round_robin")
+
+
+def test_a_gateway_has_the_group_and_not_the_short_option() -> None:
+    assert settings_for(GATEWAY, ["--replicas.max-losses", "5"]).replicas.max_losses == 5
+    for word in ("--replicas", "--replicas=2"):
+        with pytest.raises(SetupError, match=r"^--replicas: there is no such option"):
+            settings_for(GATEWAY, [word, "2"])
+
+
 @given(st.sampled_from(COMMANDS), st.sampled_from([path for path in ALL if path != "config"]), st.booleans())
 def test_an_option_is_read_or_refused_never_ignored(reads: Reads, path: str, no: bool) -> None:
     field = field_of(path)
@@ -150,17 +172,15 @@ def test_every_setting_is_read_by_some_command() -> None:
     assert [p for p in ALL if not p.startswith("deploy.") and not any(reads.has(p) for reads in others)] == []
 
 
-def test_what_the_pool_goes_by_is_what_the_gateway_reads() -> None:
-    """By the source: each setting of the cluster that `synthia_vllm.replicas` asks for is among those declared."""
-    used = set()
-    for file in (ROOT / "synthia_vllm" / "replicas").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute | ast.Name):
-                owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
-                if owner in ("settings", "_settings") and field_of(f"cluster.{node.attr}") is not None:
-                    used.add(f"cluster.{node.attr}")
-    assert used
-    assert used <= set(GATEWAY.settings)
+def test_the_pool_goes_by_each_setting_of_replicas() -> None:
+    """By the source: so a gateway, which has a pool and no cluster, reads the whole group."""
+    used = {
+        node.attr
+        for file in (ROOT / "synthia_vllm" / "replicas").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert set(ReplicasSettings.model_fields) <= used
 
 
 @pytest.mark.parametrize(

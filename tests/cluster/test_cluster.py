@@ -154,7 +154,7 @@ def test_what_the_running_cluster_can_not_take_is_refused_by_name(cluster: Runni
     for words, named in (
         (("--port", "1"), "--port 1"),
         (("--access.secret", "other"), "--access.secret"),
-        (("--cluster.max-generation-s", "900", "--cluster.drain-s", "900"), "--cluster.max-generation-s"),
+        (("--replicas.max-generation-s", "900", "--cluster.drain-s", "900"), "--replicas.max-generation-s"),
     ):
         done = cluster.run("up", *words, "--replicas", "2", *ENGINE_OPTIONS)
         assert done.returncode == 2

@@ -46,8 +46,8 @@ def test_a_surge_needs_a_gpu_to_spare(tmp_path: Path) -> None:
 
 
 def test_scaling_is_checked_at_its_most(tmp_path: Path) -> None:
-    wanted = settings(tmp_path, cluster={"replicas": 1, "max_replicas": 3})
-    with pytest.raises(SetupError, match=r"--cluster.max-replicas 3"):
+    wanted = settings(tmp_path, scaling={"max_replicas": 3})
+    with pytest.raises(SetupError, match=r"--scaling.max-replicas 3"):
         check_room(wanted, gpus(2), plan_replica(wanted, gpus(2), ()))
 
 

@@ -7,7 +7,7 @@ from tests.ray_cluster import ENGINE_OPTIONS, RunningCluster
 from tests.running import until
 
 pytestmark = pytest.mark.e2e
-_AT_REST = ("--cluster.min-replicas", "0", "--cluster.max-replicas", "1", "--cluster.downscale-delay-s", "1")
+_AT_REST = ("--scaling.min-replicas", "0", "--scaling.max-replicas", "1", "--scaling.downscale-delay-s", "1")
 _CHAT = {"model": "synthia", "messages": [{"role": "user", "content": "What is an orca?"}], "max_tokens": 8}
 
 

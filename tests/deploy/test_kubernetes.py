@@ -212,9 +212,9 @@ def rendered(name: str, **groups: Any) -> list[Object]:
     return list(yaml.safe_load_all(text))
 
 
-def takes_clients(cluster: dict[str, Any]) -> list[str]:
+def takes_clients(**scaling: Any) -> list[str]:
     """The components whose pods the gateway's Service sends clients to."""
-    ((service,), (ray,)) = (rendered(name, cluster=cluster) for name in ("gateway", "rayservice"))
+    ((service,), (ray,)) = (rendered(name, scaling=scaling) for name in ("gateway", "rayservice"))
     groups = ray["spec"]["rayClusterConfig"]
     pods = [one["template"]["metadata"]["labels"] for one in [groups["headGroupSpec"], *groups["workerGroupSpecs"]]]
     selected = [labels for labels in pods if service["spec"]["selector"].items() <= labels.items()]
@@ -223,8 +223,8 @@ def takes_clients(cluster: dict[str, Any]) -> list[str]:
 
 def test_where_no_worker_may_be_left_clients_reach_the_head() -> None:
     """It is ready whenever Ray is; its HAProxy reaches a gateway, whose queue wakes an engine."""
-    assert takes_clients({"min_replicas": 0, "max_replicas": 2}) == ["head", "engine"]
-    assert takes_clients({"max_replicas": 2}) == takes_clients({}) == ["engine"]
+    assert takes_clients(min_replicas=0, max_replicas=2) == ["head", "engine"]
+    assert takes_clients(max_replicas=2) == takes_clients() == ["engine"]
 
 
 def test_a_head_that_is_lost_finds_its_cluster_again_where_redis_is_given() -> None:

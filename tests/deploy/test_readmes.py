@@ -15,7 +15,7 @@ _SCREEN = 45  # lines
 READMES = sorted(FOLDER.rglob("README.md"))
 PAGES = [*READMES, ROOT / "docs" / "operations.md", ROOT / "docs" / "security.md"]
 _NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
-_GROUPS = ("engine", "access", "limits", "fair", "cluster", "deploy", "slo", "log")
+_GROUPS = ("engine", "access", "limits", "fair", "cluster", "scaling", "replicas", "deploy", "slo", "log")
 
 
 def folders() -> list[Path]:

@@ -9,7 +9,7 @@ import pytest
 
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.replicas.pool import ReplicaPool
-from synthia_vllm.settings import ClusterSettings
+from synthia_vllm.settings import ReplicasSettings
 from tests.conftest import RunningServer
 from tests.e2e.test_users import NewKey, new_key  # noqa: F401 (a fixture)
 from tests.replicas.engines import until
@@ -34,7 +34,7 @@ async def test_what_was_generated_for_who_left_is_told(server: RunningServer, ne
     from synthia_vllm.engine.demo import demo_model
 
     tokenizer = Tokenizer.of(get_tokenizer(str(demo_model()))) if ids else None
-    settings = ClusterSettings(canary_period_s=3600, canary_deadline_s=3600)
+    settings = ReplicasSettings(canary_period_s=3600, canary_deadline_s=3600)
     dice = random.Random(3)
     async with (
         httpx.AsyncClient(base_url=server.url, timeout=60) as http,

@@ -15,7 +15,7 @@ from synthia_vllm.bench.null.tokens import expected
 from synthia_vllm.engine.port import Delta, Engine, Generation, Sampling
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.replicas.pool import ReplicaPool
-from synthia_vllm.settings import ClusterSettings
+from synthia_vllm.settings import ReplicasSettings
 
 Live = Callable[[ASGIApp], str]
 GENERATE = "/inference/v1/generate"
@@ -60,13 +60,14 @@ async def pool_of(
     resume: bool = True,
     silence_s: float = 300.0,
     up: int | None = None,
+    wakes: bool = False,
     **options: Any,
 ) -> AsyncIterator[ReplicaPool]:
     """All of them up, or so many."""
     options = {"canary_period_s": 0.3, "canary_deadline_s": 1.0, "slow_start_s": 0, "handover_s": 0.2} | options
     known = (null_tokenizer() if tokenizer else None) if isinstance(tokenizer, bool) else tokenizer
-    settings = ClusterSettings(**options)
-    async with ReplicaPool(settings, tokenizer=known, key=key, resume=resume, silence_s=silence_s) as pool:
+    settings = ReplicasSettings(**options)
+    async with ReplicaPool(settings, tokenizer=known, key=key, resume=resume, silence_s=silence_s, wakes=wakes) as pool:
         pool.update({f"r{number}": url for number, url in enumerate(urls)})
         await until(lambda: len(pool.up()) == (len(urls) if up is None else up))
         yield pool

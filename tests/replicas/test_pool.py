@@ -480,7 +480,7 @@ async def test_a_key_that_is_refused_is_an_error_by_name(live: Live) -> None:
 
 
 async def test_ready_at_zero_replicas_where_one_would_be_started(live: Live) -> None:
-    async with pool_of(min_replicas=0, max_replicas=2) as pool:
+    async with pool_of(wakes=True) as pool:
         assert await pool.ready()
         engine = NullEngine()
         pool.update({"r": live(engine)})

@@ -64,7 +64,7 @@ def in_pod(settings: Settings, sizing: Sizing) -> Settings:
 def _workers(settings: Settings) -> Object:
     """One pod takes a node. Where Ray scales, it asks for pods as replicas need them."""
     most = settings.deploy.nodes
-    least = most if settings.cluster.max_replicas is None else min(settings.cluster.min_replicas, 1)
+    least = most if settings.scaling.max_replicas is None else min(settings.scaling.min_replicas, 1)
     return {"replicas": least, "minReplicas": least, "maxReplicas": most}
 
 
@@ -80,12 +80,12 @@ def disruption_budgets(settings: Settings) -> list[Object]:
 
 
 def _autoscaler(settings: Settings) -> Object:
-    if settings.cluster.max_replicas is None:
+    if settings.scaling.max_replicas is None:
         return {}
     small = {"cpu": "500m", "memory": "512Mi"}
     options = {
         "version": "v2",
-        "idleTimeoutSeconds": max(60, int(settings.cluster.downscale_delay_s)),
+        "idleTimeoutSeconds": max(60, int(settings.scaling.downscale_delay_s)),
         "resources": {"requests": small, "limits": dict(small)},
         "securityContext": pod.container_security(),
     }
@@ -114,7 +114,7 @@ def _head(settings: Settings, sizing: Sizing) -> Object:
         "readinessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=5, failures=3),
         "livenessProbe": pod.http_probe("/api/gcs_healthz", "dashboard", period=10, failures=12),
     }
-    takes_clients = pod.TAKES_CLIENTS if settings.cluster.scales_to_zero else {}
+    takes_clients = pod.TAKES_CLIENTS if settings.scaling.scales_to_zero else {}
     return _template(container, "head", settings, sizing, labels=takes_clients)
 
 
@@ -149,7 +149,7 @@ def _template(container: Object, component: str, settings: Settings, sizing: Siz
         "metadata": {"labels": selector | labels},
         "spec": {
             "serviceAccountName": pod.NAME,
-            "automountServiceAccountToken": component == "head" and settings.cluster.max_replicas is not None,
+            "automountServiceAccountToken": component == "head" and settings.scaling.max_replicas is not None,
             "terminationGracePeriodSeconds": sizing.grace_s,
             "securityContext": pod.pod_security(),
             "topologySpreadConstraints": pod.spread(selector),

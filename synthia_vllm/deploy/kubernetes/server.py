@@ -1,6 +1,6 @@
 """Kubernetes without Ray: each pod is a whole server, `synthia-vllm serve`, and KEDA decides how many there are."""
 
-from synthia_vllm.deploy.common import image, settings_file
+from synthia_vllm.deploy.common import OF_SEVERAL, image, settings_file
 from synthia_vllm.deploy.files import to_yaml
 from synthia_vllm.deploy.kubernetes import pod
 from synthia_vllm.deploy.kubernetes.pod import Object
@@ -26,7 +26,7 @@ def config_map(settings: Settings, sizing: Sizing) -> Object:
 
 
 def settings_for_pods(settings: Settings, sizing: Sizing) -> Object:
-    return settings_file(in_pod(settings, sizing), without=("cluster",)) | {"log_file": "-"}
+    return settings_file(in_pod(settings, sizing), without=OF_SEVERAL) | {"log_file": "-"}
 
 
 def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Object:
@@ -74,15 +74,15 @@ def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> O
 
 def scaled_object(settings: Settings) -> Object:
     """By requests in flight and queued, as Prometheus has them; without Prometheus the number stays as it was."""
-    cluster = settings.cluster
-    most = cluster.max_replicas or max(cluster.replicas, settings.deploy.nodes)
+    cluster, scaling = settings.cluster, settings.scaling
+    most = scaling.max_replicas or max(cluster.replicas, settings.deploy.nodes)
     return {
         "apiVersion": "keda.sh/v1alpha1",
         "kind": "ScaledObject",
         "metadata": pod.meta(pod.NAME),
         "spec": {
             "scaleTargetRef": {"name": pod.NAME},
-            "minReplicaCount": max(cluster.min_replicas, 1),
+            "minReplicaCount": max(scaling.min_replicas, 1),
             "maxReplicaCount": most,
             "pollingInterval": 15,
             # An outage of Prometheus scales nothing down, and up to those that were meant to start with.
@@ -94,7 +94,7 @@ def scaled_object(settings: Settings) -> Object:
             # Not `cooldownPeriod`, which is about the way to zero alone.
             "advanced": {
                 "horizontalPodAutoscalerConfig": {
-                    "behavior": {"scaleDown": {"stabilizationWindowSeconds": int(cluster.downscale_delay_s)}}
+                    "behavior": {"scaleDown": {"stabilizationWindowSeconds": int(scaling.downscale_delay_s)}}
                 }
             },
             "triggers": [
@@ -106,7 +106,7 @@ def scaled_object(settings: Settings) -> Object:
                             f'sum(synthia_requests_in_flight{{namespace="{settings.deploy.namespace}"}}) + '
                             f'sum(synthia_requests_queued{{namespace="{settings.deploy.namespace}"}})'
                         ),
-                        "threshold": str(int(_REQUESTS_PER_REPLICA * cluster.target_load)),
+                        "threshold": str(int(_REQUESTS_PER_REPLICA * scaling.target_load)),
                     },
                 }
             ],
