@@ -11,16 +11,16 @@ from synthia_vllm.bench.prompts import Span
 from synthia_vllm.bench.run_file import Measurement
 from synthia_vllm.bench.workloads import ClosedLoop
 
-_WARM_UP = ClosedLoop(64, 64, PROMPT, Span(8, 8), "warm-up")
+WARM_UP = ClosedLoop(64, 64, PROMPT, Span(8, 8), "warm-up")
 _WARM_UP_S = 10.0
 
 
-async def warm_up(servers: Sequence[Up], terms: Terms, say: Say) -> None:
-    """As many streams at once as will be, uncounted; then each is weighed. Tells of replies that go wrong."""
+async def warm_up(servers: Sequence[Up], terms: Terms, say: Say, workload: ClosedLoop = WARM_UP) -> None:
+    """Sends as many streams at once as will be, uncounted; then each is weighed. Tells of replies that go wrong."""
     short = dataclasses.replace(terms, limit_s=_WARM_UP_S)
     for up in servers:
         if up.target is not None:
-            found = await measure(up.target, _WARM_UP, short, server=up.server.name, number=-1)
+            found = await measure(up.target, workload, short, server=up.server.name, number=-1)
             wrong = [request for request in found.requests if request.error]
             if wrong:
                 share = f"{len(wrong)} of {len(found.requests)} requests went wrong"
@@ -56,12 +56,17 @@ async def run_rounds(
             wanted = [server for server in up if part.servers is None or server.server.name in part.servers]
             for server in rotated(wanted, number):
                 assert server.target is not None
-                name, used = server.server.name, server.processor
-                before = used() if used else 0.0
+                used = {"processor_s": server.processor, "upstream_processor_s": server.upstream}
+                before = {name: seconds() for name, seconds in used.items() if seconds}
                 found = await measure(
-                    server.target, part.workload, terms_of(part, server, terms), server=name, number=number
+                    server.target,
+                    part.workload,
+                    terms_of(part, server, terms),
+                    server=server.server.name,
+                    number=number,
                 )
-                done(found.model_copy(update={"processor_s": round(used() - before, 3)}) if used else found)
+                spent = {name: round(seconds() - before[name], 3) for name, seconds in used.items() if seconds}
+                done(found.model_copy(update=spent))
             took[at] = time.monotonic() - began
 
 

@@ -1,7 +1,8 @@
 """The servers of this machine that one run holds against each other, ours among them.
 
-Two groups, since all at once would not fit a small machine's memory: `machine`, servers side by side, and `cluster`,
-the ways into one Ray cluster. Ratios are taken within a group. A server that can't be started is left out by name.
+Groups, since all at once would not fit a small machine's memory: `machine`, servers side by side, `cluster`, the ways
+into one Ray cluster, and `gateways`, ours and its rivals before one engine (`gateway_group` starts those). Ratios are
+taken within a group. A server that can't be started is left out by name.
 """
 
 import importlib
@@ -24,12 +25,13 @@ from synthia_vllm import __version__
 from synthia_vllm.bench.client import Target
 from synthia_vllm.bench.keys import make_key
 from synthia_vllm.bench.processes import RunningServer, running
+from synthia_vllm.bench.rivals import DIRECT, GATEWAY, RIVALS
 from synthia_vllm.bench.run_file import Server
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.vllm_seams import server_module
 from synthia_vllm.errors import SynthiaError
 
-Group = Literal["machine", "cluster"]
+Group = Literal["machine", "cluster", "gateways"]
 Say = Callable[[str], None]
 
 CONTEXT = 2048
@@ -46,11 +48,17 @@ TITLES: Mapping[str, str] = {
     "ray-normal": "Ray Serve LLM, normal ingress",
     "ray-direct": "Ray Serve LLM, direct streaming",
     "cluster": "synthia-vllm cluster",
+    DIRECT: "vLLM's server, no gateway",
+    **{rival.name: rival.title for rival in RIVALS},
+    GATEWAY: "synthia-vllm gateway (keys, limits, fairness)",
 }
+# Ours is the last of each.
 GROUPS: Mapping[Group, tuple[str, ...]] = {
     "machine": ("card", "card-batched", "vllm-default", "vllm-tuned", "llama.cpp", "ours"),
     "cluster": ("ray-normal", "ray-direct", "cluster"),
+    "gateways": (DIRECT, *(rival.name for rival in RIVALS), GATEWAY),
 }
+OURS = tuple(members[-1] for members in GROUPS.values())
 
 
 @dataclass
@@ -74,13 +82,18 @@ class Peer:
 
 @dataclass
 class Up:
-    """A server as the report has it, and where it answers if it runs. `processor`: seconds its API process used."""
+    """A server as the report has it, and where it answers if it runs.
+
+    processor   seconds of processors that its own processes used
+    upstream    and those that the API process of the server behind it used, if it is a gateway
+    """
 
     server: Server
     target: Target | None = None
     memory: Callable[[], int] | None = None
     limited: bool = False
     processor: Callable[[], float] | None = None
+    upstream: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,22 +105,21 @@ class Plan:
     kv_cache_gib: float
     replicas: int
     users: Mapping[str, float] = field(default_factory=dict)  # name: weight; those that have a key of their own at ours
+    rivals: Mapping[str, str] = field(default_factory=dict)  # name: command; the others are looked for on PATH
+    null: bool = False  # a null engine behind the gateways
 
 
 def machine_peers(plan: Plan) -> list[Peer]:
     """How each server of the group `machine` is started."""
     python, folder = sys.executable, plan.engine.model
     card = [python, "-m", "synthia_vllm.bench.card_server", "--model", folder]
-    plain = [python, "-m", server_module(), "--model", folder, "--served-model-name", plan.engine.name]
-    plain += ["--max-model-len", str(CONTEXT), "--kv-cache-memory-bytes", str(int(plan.kv_cache_gib * 2**30))]
     ours = [python, "-m", "synthia_vllm", "serve", "--model", plan.model, "--log-file", "-"]
     ours += ["--engine.max-model-len", str(CONTEXT), "--engine.kv-cache-gib", str(plan.kv_cache_gib)]
     vllm = vllm_distribution()
-    # Eager, as ours is: on a CPU torch.compile takes minutes to start and gains little.
     return [
         Peer("card", card, package="transformers", path="/single", limited=True),
         Peer("card-batched", card, package="transformers", path="/batched", limited=True),
-        Peer("vllm-default", [*plain, "--enforce-eager"], package=vllm),
+        Peer("vllm-default", plain_vllm(plan), package=vllm),
         Peer(
             "vllm-tuned",
             [python, "-m", server_module(), *plan.engine.arguments],
@@ -118,6 +130,16 @@ def machine_peers(plan: Plan) -> list[Peer]:
         llama_cpp(plan.model),
         Peer("ours", ours, package="synthia-vllm", chat=True),
     ]
+
+
+def plain_vllm(plan: Plan) -> list[str]:
+    """vLLM's server as it starts by default, but eager, as ours is.
+
+    On a CPU torch.compile takes minutes to start and gains little.
+    """
+    command = [sys.executable, "-m", server_module(), "--model", plan.engine.model]
+    command += ["--served-model-name", plan.engine.name, "--max-model-len", str(CONTEXT)]
+    return [*command, "--kv-cache-memory-bytes", str(int(plan.kv_cache_gib * 2**30)), "--enforce-eager"]
 
 
 def llama_cpp(model: str) -> Peer:
@@ -265,6 +287,8 @@ def portable(word: str, plan: Plan) -> str:
     """A word of a command line without this machine's folders."""
     if word == sys.executable:
         return "python"
+    if "://" in word:
+        return word
     if word == plan.engine.model and word.startswith("/"):
         return plan.engine.name
     return re.sub(r"(?<![\w.])/[^\s:]*/([^\s:/]+)", r"\1", word)

@@ -8,6 +8,7 @@ import numpy as np
 
 from synthia_vllm.bench.estimates import ENOUGH, Estimate, median
 from synthia_vllm.bench.fairness import fairness
+from synthia_vllm.bench.peers import OURS
 from synthia_vllm.bench.plots import BAND, INK, Plot, Style, drawing, swatch
 from synthia_vllm.bench.roofline import bound, mean_context, points
 from synthia_vllm.bench.run_file import Measurement
@@ -25,7 +26,7 @@ class Pictures:
         silent = summary.silent()
         names = [name for name in summary.servers() if name not in silent]
         # Ours first, so that it has the same looks in every report.
-        self.order = sorted(names, key=lambda name: (name != "ours", name != "cluster", names.index(name)))
+        self.order = sorted(names, key=lambda name: (name not in OURS, names.index(name)))
         self.styles = {name: Style(number) for number, name in enumerate(self.order)}
 
     def all(self) -> list[Plot]:

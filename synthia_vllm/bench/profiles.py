@@ -11,6 +11,8 @@ from synthia_vllm.bench.users import Population, Users
 from synthia_vllm.bench.workloads import ClosedLoop, OpenLoop
 
 STREAMS = (1, 8, 32, 64)
+GATEWAY_STREAMS = (1, 8, 64, 256)
+_SPREAD_S = 1.0
 # Lengths of the loads by which servers are compared, in tokens.
 PROMPT, OUTPUT = Span(32, 32), Span(64, 64)
 # The peers that answer like ours does, so that open loops and the rest say something about our layers.
@@ -44,8 +46,9 @@ class Profile:
     parts: Mapping[Group, Sequence[Part]]
 
 
-def quick(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (2, 5)) -> Profile:
-    """20 minutes on 2 cores."""
+def quick(asked: Sequence[int] | None = None, rates: Sequence[float] = (2, 5)) -> Profile:
+    """20 minutes on 2 cores. `asked`: streams of the closed loops."""
+    streams = asked or STREAMS
     machine = [
         Part(closed(count, waves=1), without_card(count, streams), None if count >= 32 else 1) for count in streams
     ]
@@ -57,11 +60,13 @@ def quick(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (2, 5)) -> 
         Part(Users((STEADY, AGGRESSOR), 15, label="users: steady beside an aggressor"), NEAREST, 1),
     ]
     cluster = [Part(closed(count, waves=1)) for count in streams if count >= 32 or count == max(streams)]
-    return Profile("quick", 20, 3, 10, {"machine": machine, "cluster": cluster})
+    gateways = [Part(chats(count, waves=2, least=8)) for count in asked or GATEWAY_STREAMS]
+    return Profile("quick", 20, 3, 10, {"machine": machine, "cluster": cluster, "gateways": gateways})
 
 
-def full(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (1, 2, 4, 6, 8)) -> Profile:
-    """90 minutes on 2 cores."""
+def full(asked: Sequence[int] | None = None, rates: Sequence[float] = (1, 2, 4, 6, 8)) -> Profile:
+    """90 minutes on 2 cores. `asked`: streams of the closed loops."""
+    streams = asked or STREAMS
     near = ("vllm-default", *NEAREST)
     machine = [Part(closed(count), without_card(count, streams)) for count in streams]
     # Twice: the sizing's simulator is held against their p99.
@@ -79,7 +84,8 @@ def full(streams: Sequence[int] = STREAMS, rates: Sequence[float] = (1, 2, 4, 6,
         Part(OpenLoop(rates[len(rates) // 2], 60, PROMPT, OUTPUT), None, 1),
         Part(Conversations(16, 5, 3.0, 30, Span(32, 32)), ("ray-direct", "cluster"), 2),
     ]
-    return Profile("full", 90, 5, 30, {"machine": machine, "cluster": cluster})
+    gateways = [Part(chats(count, waves=4, least=32)) for count in asked or GATEWAY_STREAMS]
+    return Profile("full", 90, 5, 30, {"machine": machine, "cluster": cluster, "gateways": gateways})
 
 
 PROFILES = {"quick": quick, "full": full}
@@ -88,6 +94,21 @@ PROFILES = {"quick": quick, "full": full}
 def closed(streams: int, waves: int = 2) -> ClosedLoop:
     """So many requests for each stream, at least four in all."""
     return ClosedLoop(streams, max(4, waves * streams), PROMPT, OUTPUT)
+
+
+def chats(streams: int, *, waves: int, least: int) -> ClosedLoop:
+    """So many requests for each stream, and at least so many in all.
+
+    The streams begin one after the other: all at once they would wait for the client, and TTFT would be of that.
+    """
+    requests = max(least, waves * streams)
+    return ClosedLoop(streams, requests, PROMPT, OUTPUT, label="chats", chat=True, spread_s=_SPREAD_S)
+
+
+def chats_at_once(parts: Sequence[Part]) -> ClosedLoop:
+    """As many as there will be at most, before anything is counted."""
+    most = max((part.workload.streams or 1 for part in parts), default=1)
+    return ClosedLoop(most, most, PROMPT, Span(8, 8), "warm-up", chat=True)
 
 
 def without_card(count: int, streams: Sequence[int]) -> Sequence[str] | None:

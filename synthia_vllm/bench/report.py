@@ -11,7 +11,9 @@ import click
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from synthia_vllm.bench import gateway_standing
 from synthia_vllm.bench.fairness import fairness
+from synthia_vllm.bench.peers import OURS
 from synthia_vllm.bench.pictures import Pictures
 from synthia_vllm.bench.plots import Plot
 from synthia_vllm.bench.run_file import Run, read, report_beside
@@ -77,6 +79,7 @@ def render(run: Run) -> str:
         load_of=load_of,
         metrics=METRICS,
         began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.started_at)),
+        gateways=_gateways(summary),
         tiles=_tiles(summary),
         verdicts=verdicts(summary),
         winners=winners(summary),
@@ -154,9 +157,21 @@ def _meaning(kind: str) -> str:
     return _MEANINGS.get(kind, f"answered with status {kind[5:]}" if kind.startswith("http ") else "")
 
 
+def _gateways(summary: Summary) -> tuple[Table, Table] | None:
+    """Where our gateway is behind its rivals, and all figures; None in a run without them."""
+    rivals = gateway_standing.compared(summary)
+    if not rivals:
+        return None
+    rows = [[found.figure.title, found.where, found.own(), found.words()] for found in gateway_standing.behind(summary)]
+    title = f"Behind {', '.join(rivals)} in no figure" if not rows else "Where it is behind"
+    return Table(title, ["figure", "load", "ours", "ahead of it"], rows), Table(
+        "All of them", *gateway_standing.figures(summary)
+    )
+
+
 def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     """The figures that a reader wants first, of ours: value, unit, what it is."""
-    server = next((name for name in ("ours", "cluster", *summary.servers()) if name in summary.servers()), None)
+    server = next((name for name in (*OURS, *summary.servers()) if name in summary.servers()), None)
     loads = [load for load in summary.loads("closed") if server and (server, load) in summary.cells]
     if server is None or not loads:
         return []

@@ -7,7 +7,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from multiprocessing import get_context
@@ -18,15 +18,18 @@ import click
 from rich.console import Console
 
 from synthia_vllm.bench.client import GREEDY
-from synthia_vllm.bench.interleaving import run_rounds, warm_up
+from synthia_vllm.bench.gateway_group import NULL_MODEL, gateways_group
+from synthia_vllm.bench.interleaving import WARM_UP, run_rounds, warm_up
 from synthia_vllm.bench.measuring import Terms, whole
 from synthia_vllm.bench.peers import GROUPS, Group, Plan, Say, Up, cluster_group, machine_group
-from synthia_vllm.bench.profiles import NEAREST, PROFILES, Part, Profile
+from synthia_vllm.bench.profiles import NEAREST, PROFILES, Part, Profile, chats_at_once
 from synthia_vllm.bench.records import Recorder, default_path, new_run
+from synthia_vllm.bench.rivals import RIVALS
 from synthia_vllm.bench.run_file import Measurement, report_beside
 from synthia_vllm.bench.servers import plan_of, running_already
 from synthia_vllm.bench.trace import read_trace
 from synthia_vllm.bench.users import read_users
+from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.prompt import SAMPLING_DEFAULTS
 
 SAMPLING: Mapping[str, Mapping[str, Any]] = {
@@ -35,8 +38,15 @@ SAMPLING: Mapping[str, Mapping[str, Any]] = {
 }
 # Of the report and of the sizing's check: rather missed now than after an hour.
 _NEEDED_AT_THE_END = ("matplotlib", "numba")
-# What the last group may take of the time, where there are two; and to stop everything.
-_CLUSTER_SHARE, _STOPPING_S = 0.25, 45.0
+# Where neither groups nor peers are named. The gateways are a measurement of their own.
+_BY_DEFAULT: tuple[Group, ...] = ("machine", "cluster")
+_START: Mapping[Group, Callable[[Plan, Sequence[str], Path, Say], AbstractContextManager[list[Up]]]] = {
+    "machine": machine_group,
+    "cluster": cluster_group,
+    "gateways": gateways_group,
+}
+# What each group after the first may take of the time; and to stop everything.
+_LATER_SHARE, _STOPPING_S = 0.25, 45.0
 
 
 def numbers(context: click.Context, option: click.Parameter, value: str | None) -> list[float] | None:
@@ -62,6 +72,16 @@ def names(context: click.Context, option: click.Parameter, value: str | None) ->
     return found
 
 
+def programs(context: click.Context, option: click.Parameter, value: Sequence[str]) -> dict[str, str]:
+    """`smg=rivals/smg/bin/smg`, several times."""
+    known = [rival.name for rival in RIVALS]
+    found = {name: program for name, _, program in (word.partition("=") for word in value)}
+    for name, program in found.items():
+        if name not in known or not program:
+            raise click.BadParameter(f"{name!r}: NAME=PROGRAM is wanted, with a NAME of {', '.join(known)}")
+    return found
+
+
 @click.command("run")
 @click.option("--profile", type=click.Choice(list(PROFILES)), default="quick", show_default=True)
 @click.option(
@@ -80,7 +100,23 @@ def names(context: click.Context, option: click.Parameter, value: str | None) ->
     help="--server: use a connection again, or not, for one that closes them without saying so (llama.cpp).",
 )
 @click.option("--model", help="Folder, hub id or 'demo' (default: Synthia where there is a GPU, else demo).")
-@click.option("--peers", callback=names, metavar="A,B", help="Only these servers (default: all).")
+@click.option(
+    "--group",
+    "groups",
+    type=click.Choice(list(GROUPS)),
+    multiple=True,
+    help="Servers that are held against each other; may be given again (default: machine and cluster).",
+)
+@click.option("--peers", callback=names, metavar="A,B", help="Only these servers (default: all of the groups).")
+@click.option(
+    "--rival",
+    "rivals",
+    callback=programs,
+    multiple=True,
+    metavar="NAME=PROGRAM",
+    help=f"Gateways: where {', '.join(rival.name for rival in RIVALS)} is, if not on PATH; may be given again.",
+)
+@click.option("--null", is_flag=True, help="Gateways: a stand-in engine behind them, for what a gateway alone costs.")
 @click.option("--rounds", type=click.IntRange(1), help="Interleaved repeats (default: each load's).")
 @click.option(
     "--minutes", type=click.FloatRange(0.1), help="What it may take; no round that would take longer is begun."
@@ -119,7 +155,8 @@ def command(output: Path | None, **options: Any) -> None:
     """Load servers in turn and write what each request saw, with a report beside it.
 
     Without --server it starts this machine's own: the card's script, vLLM as it is and tuned as we do, llama.cpp, ours,
-    and the ways into a cluster. What is not installed is left out, and named.
+    and the ways into a cluster; with --group gateways our gateway and others' before one vLLM. What is not installed is
+    left out, and named.
     """
     console = Console(stderr=True, soft_wrap=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
@@ -132,7 +169,7 @@ def command(output: Path | None, **options: Any) -> None:
     said |= {"traces": [path.name for path in options["traces"]], "users": options["users"] and options["users"].name}
     began = time.monotonic()
     code = 0
-    plan = None if options["servers"] else plan_of(options)
+    plan = plan_for(options)
     recorder = Recorder(new_run(profile.name, said, model_of(plan)), output)
     try:
         run_all(recorder, profile, options, plan, began, console)
@@ -146,11 +183,35 @@ def command(output: Path | None, **options: Any) -> None:
     sys.exit(code or (1 if measurements and not any(map(whole, measurements)) else 0))
 
 
+def groups_of(options: Mapping[str, Any]) -> Sequence[Group]:
+    """Those that the options name, themselves or by their members. Raises ClickException."""
+    if options["servers"]:
+        return ("machine",)  # its loads
+    named: Sequence[Group] = options["groups"]
+    if not named and options["peers"]:
+        named = [group for group, members in GROUPS.items() if set(members) & set(options["peers"])]
+    if not options["null"]:
+        return named or _BY_DEFAULT
+    if set(named) - {"gateways"}:
+        raise click.ClickException("--null: of the group gateways alone; leave it out, or the other groups")
+    return ("gateways",)
+
+
+def plan_for(options: Mapping[str, Any]) -> Plan | None:
+    """None where servers run already."""
+    if options["servers"]:
+        return None
+    if options["null"]:
+        engine = EnginePlan(NULL_MODEL, NULL_MODEL, [])
+        return Plan(NULL_MODEL, engine, options["kv_cache_gib"], 1, rivals=options["rivals"], null=True)
+    return dataclasses.replace(plan_of(options), rivals=options["rivals"])
+
+
 def profile_of(options: Mapping[str, Any]) -> Profile:
     """The profile with what the options change. Raises ClickException for a file that can't be read."""
     given = {}
     if options["streams"]:
-        given["streams"] = tuple(int(count) for count in options["streams"])
+        given["asked"] = tuple(int(count) for count in options["streams"])
     if options["rates"]:
         given["rates"] = tuple(options["rates"])
     profile = PROFILES[options["profile"]](**given)
@@ -158,13 +219,16 @@ def profile_of(options: Mapping[str, Any]) -> Profile:
     own = [Part(read_trace(path), NEAREST) for path in options["traces"]]
     own += [Part(read_users(options["users"], options["seconds"]), NEAREST)] if options["users"] else []
     parts: dict[Group, Sequence[Part]] = {"machine": own} if own else dict(profile.parts)
+    groups = groups_of(options)
+    parts = {group: every for group, every in parts.items() if group in groups}
     if options["kinds"]:
         kinds = options["kinds"].split(",")
         parts = {group: [part for part in every if part.workload.kind in kinds] for group, every in parts.items()}
     if options["rounds"]:  # then all of them are wanted
         parts = {group: [dataclasses.replace(part, rounds=None) for part in every] for group, every in parts.items()}
     if not any(parts.values()):
-        raise click.ClickException(f"--kinds {options['kinds']}: the profile has no such workload")
+        kinds = f"--kinds {options['kinds']}: " if options["kinds"] else ""
+        raise click.ClickException(f"{kinds}the profile has no such workload for {', '.join(groups)}")
     return dataclasses.replace(
         profile,
         parts=parts,
@@ -176,6 +240,8 @@ def profile_of(options: Mapping[str, Any]) -> Profile:
 def model_of(plan: Plan | None) -> dict[str, Any]:
     if plan is None:
         return {"name": ""}  # each server's own
+    if plan.null:
+        return {"name": "none: a null engine"}
     from synthia_vllm.engine.memory import read_geometry
 
     geometry = read_geometry(plan.engine.model, "auto")
@@ -199,15 +265,16 @@ def run_all(
 
         if plan is None:
             parts = [dataclasses.replace(part, servers=None) for part in profile.parts["machine"]]
-            measure_group(recorder, running_already(options), parts, profile, terms, end, say)
+            measure_group(recorder, "machine", running_already(options), parts, profile, terms, end, say)
             return
-        say("measuring what this machine can do")
-        take_roofline(recorder, plan, say)
+        if not plan.null:
+            say("measuring what this machine can do")
+            take_roofline(recorder, plan, say)
         todo = [group for group in profile.parts if profile.parts[group] and set(GROUPS[group]) & set(wanted)]
-        for group in todo:
-            start = machine_group if group == "machine" else cluster_group
-            until = end - (end - began) * _CLUSTER_SHARE if group != todo[-1] else end
-            measure_group(recorder, start(plan, wanted, logs, say), profile.parts[group], profile, terms, until, say)
+        for left, group in zip(reversed(range(len(todo))), todo, strict=True):
+            until = end - (end - began) * _LATER_SHARE * left
+            servers = _START[group](plan, wanted, logs, say)
+            measure_group(recorder, group, servers, profile.parts[group], profile, terms, until, say)
 
 
 def take_roofline(recorder: Recorder, plan: Plan, say: Say) -> None:
@@ -223,7 +290,8 @@ def take_roofline(recorder: Recorder, plan: Plan, say: Say) -> None:
 
 def measure_group(
     recorder: Recorder,
-    group: AbstractContextManager[list[Up]],
+    group: Group,
+    starting: AbstractContextManager[list[Up]],
     parts: Sequence[Part],
     profile: Profile,
     terms: Terms,
@@ -240,11 +308,11 @@ def measure_group(
         say(line(measurement, slo))
 
     async def run() -> None:
-        await warm_up(servers, terms, say)
+        await warm_up(servers, terms, say, chats_at_once(parts) if group == "gateways" else WARM_UP)
         recorder.take_servers([up.server for up in servers])
         await run_rounds(servers, parts, profile.rounds, terms, until=until, done=done, say=say)
 
-    with group as servers:
+    with starting as servers:
         recorder.take_servers([up.server for up in servers])
         if any(up.target for up in servers):
             asyncio.run(run())

@@ -56,6 +56,8 @@ class Measurement(_Part):
     invalid: list[str] = Field(default_factory=list)
     # Of processors that the server's API process used meanwhile, its threads included, without the engine's processes.
     processor_s: float | None = None
+    # And of the API process behind it, where the server is a gateway.
+    upstream_processor_s: float | None = None
     # Weight of each user, for the service gap.
     weights: dict[str, float] = Field(default_factory=dict)
 

@@ -5,15 +5,14 @@ from math import isnan
 from rich.console import Console
 from rich.table import Table
 
-from synthia_vllm.bench.peers import GROUPS
+from synthia_vllm.bench.gateway_standing import behind, compared, figures
+from synthia_vllm.bench.peers import GROUPS, OURS
 from synthia_vllm.bench.run_file import Measurement, Run
 from synthia_vllm.bench.summary import METRICS, Slo, Summary, summarize
 from synthia_vllm.bench.verdict import in_short
 
 _SHOWN = ("output_throughput", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
 _HEADS = ("tokens/s", "TTFT p50, ms", "p99", "ITL p50, ms", "p99")
-# Ours in each group, last there: what the others are held against.
-_OURS = [members[-1] for members in GROUPS.values()]
 
 
 def show(run: Run, console: Console) -> None:
@@ -21,7 +20,7 @@ def show(run: Run, console: Console) -> None:
     summary = Summary(run)
     for sentence in in_short(summary):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    for table in (_figures(summary), _ratios(summary)):
+    for table in (_behind(summary), _gateways(summary), _figures(summary), _ratios(summary)):
         if table.row_count:
             console.print(table)
 
@@ -56,6 +55,28 @@ def load_name(measurement: Measurement) -> str:
     return measurement.workload if measurement.rate is None else f"{measurement.workload}, {measurement.rate:g}/s"
 
 
+def _behind(summary: Summary) -> Table:
+    """First of all where our gateway is behind, or that it is not."""
+    table = Table("figure", "load", "ours", "ahead of it", title="where our gateway is behind")
+    for found in behind(summary):
+        table.add_row(found.figure.title, found.where, found.own(), found.words())
+    if not table.row_count and (rivals := compared(summary)):
+        table.add_row("none", "", "", f"not {', '.join(rivals)}")
+    return table
+
+
+def _gateways(summary: Summary) -> Table:
+    heads, rows = figures(summary)
+    table = Table(*heads, title="gateways before one engine, medians over the rounds")
+    before = ""
+    for load, *cells in rows:
+        if load != before:
+            table.add_section()
+        table.add_row("" if load == before else load, *cells)
+        before = load
+    return table
+
+
 def _figures(summary: Summary) -> Table:
     table = Table("load", "server", title="medians over the rounds")
     for head in _HEADS:
@@ -71,7 +92,7 @@ def _figures(summary: Summary) -> Table:
 
 def _ratios(summary: Summary) -> Table:
     table = Table("tokens/s", "load", "ratio", title="pair by pair within each round")
-    for ours, members in zip(_OURS, GROUPS.values(), strict=True):
+    for ours, members in zip(OURS, GROUPS.values(), strict=True):
         for load in summary.loads("closed"):
             for theirs in members[:-1]:
                 if (found := summary.ratio(ours, theirs, load)) is not None:

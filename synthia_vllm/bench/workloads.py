@@ -14,7 +14,9 @@ from synthia_vllm.bench.prompts import Lengths, Span
 class ClosedLoop:
     """`streams` clients, each of which sends the next request when its reply is there; `requests` in all.
 
-    calls   what is sent, instead of token ids of drawn lengths: one for each request
+    calls      what is sent, instead of drawn lengths: one for each request
+    chat       prompts are words of a user, about a token each, through the chat route; else token ids
+    spread_s   the streams begin evenly over so long; 0: all at once
     """
 
     streams: int
@@ -26,20 +28,22 @@ class ClosedLoop:
     rate: float | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     calls: tuple[Call, ...] = ()
+    chat: bool = False
+    spread_s: float = 0.0
 
     @property
     def name(self) -> str:
         return self.label or "closed loop"
 
     async def drive(self, load: Load) -> None:
-        drawn = (call_of(load, self.prompt, self.output) for _ in range(self.requests))
+        made = chat_of if self.chat else call_of
+        drawn = (made(load, self.prompt, self.output) for _ in range(self.requests))
         calls = iter(self.calls) if self.calls else drawn
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(self.streams, self.requests)):
-                group.create_task(self._stream(load, calls))
+            for number in range(min(self.streams, self.requests)):
+                group.create_task(self._stream(load, calls, number * self.spread_s / self.streams))
 
-    async def _stream(self, load: Load, calls: Iterator[Call]) -> None:
-        due = 0.0
+    async def _stream(self, load: Load, calls: Iterator[Call], due: float) -> None:
         for call in calls:
             due = (await load.send(call, due)).done_s
 
@@ -83,6 +87,12 @@ def call_of(
     """A request of drawn lengths, with a prompt that no other has."""
     source = source or load.random
     return Call(output.draw(source), load.prompts.ids(prompt.draw(source)), user=user, key=key)
+
+
+def chat_of(load: Load, prompt: Span, output: Span) -> Call:
+    """A chat of one message, of drawn lengths, that no other has."""
+    text = load.prompts.text(prompt.draw(load.random))
+    return Call(output.draw(load.random), messages=({"role": "user", "content": text},))
 
 
 def arrivals(source: random.Random, rate: float, seconds: float, burstiness: float = 1.0) -> list[float]:

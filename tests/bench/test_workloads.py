@@ -215,3 +215,9 @@ def test_prompts_have_the_length_that_is_asked_for_and_no_beginning_in_common() 
     found = [tuple(prompts.ids(16)) for _ in range(100)]
     assert {len(ids) for ids in found} == {16}
     assert len({ids[:4] for ids in found}) == 100
+
+
+async def test_streams_that_are_spread_begin_one_after_the_other() -> None:
+    found = await run(NullEngine(), ClosedLoop(4, 4, SHORT, SHORT, spread_s=0.2))
+    assert [request.due_s for request in found.requests] == pytest.approx([0.0, 0.05, 0.1, 0.15])
+    assert all(request.sent_s >= request.due_s for request in found.requests)
