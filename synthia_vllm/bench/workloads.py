@@ -89,7 +89,7 @@ def call_of(
     return Call(output.draw(source), load.prompts.ids(prompt.draw(source)), user=user, key=key)
 
 
-def chat_of(load: Load, prompt: Span, output: Span) -> Call:
+def chat_of(load: Load, prompt: Lengths, output: Lengths) -> Call:
     """A chat of one message, of drawn lengths, that no other has."""
     text = load.prompts.text(prompt.draw(load.random))
     return Call(output.draw(load.random), messages=({"role": "user", "content": text},))

@@ -143,7 +143,7 @@ def test_a_head_that_is_lost_without_redis_takes_all_with_it(nodes: Nodes) -> No
     pid = _deployed(nodes)
     nodes.kill("head")
     until(lambda: not nodes.processes("staying"), "the other node has ended itself, its replica too", 150, pause=1)
-    assert not psutil.pid_exists(pid)
+    until(lambda: _has_ended(pid), "its replica has ended", 60, pause=1)
     nodes.start_head()
     assert nodes.replicas() == [], "it knows of nothing"
     nodes.start_staying()
@@ -167,6 +167,14 @@ def _serves(pid: int) -> bool:
         if one.status == psutil.CONN_LISTEN and 30000 <= one.laddr.port < 31000
     }
     return httpx.get(f"http://127.0.0.1:{port}/", params={"seconds": 0}, timeout=5).status_code == 200
+
+
+def _has_ended(pid: int) -> bool:
+    """Also where nobody has asked for its exit code yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

@@ -35,11 +35,15 @@ def test_the_services_commands_answer(server: RunningServer) -> None:
             if name == "prometheus":
                 break
         assert {"gateway", "redis", "prometheus"} <= set(found), process.stderr
-        assert httpx.get(f"{found['gateway']}/ready", timeout=60).status_code == 200
+        until(lambda: httpx.get(f"{found['gateway']}/ready", timeout=60).status_code == 200, "the gateway is ready")
         chat = {"model": "synthia", "messages": [{"role": "user", "content": "x"}]}
-        assert httpx.post(f"{found['gateway']}/v1/chat/completions", json=chat).status_code == 401  # it asks for keys
+        assert (
+            httpx.post(f"{found['gateway']}/v1/chat/completions", json=chat, timeout=60).status_code == 401
+        )  # it asks for keys
         targets = f"{found['prometheus']}/api/v1/targets"
-        up = until(lambda: re.search('"health":"(up|down)"', httpx.get(targets).text), "the gateway is scraped", 40)
+        up = until(
+            lambda: re.search('"health":"(up|down)"', httpx.get(targets, timeout=60).text), "the gateway is scraped", 40
+        )
         assert up.group(1) == "down"  # 401: its key is none
     finally:
         process.terminate()
