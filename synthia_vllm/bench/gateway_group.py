@@ -17,8 +17,9 @@ import click
 
 from synthia_vllm import __version__
 from synthia_vllm.bench.client import Call, Client, Target
+from synthia_vllm.bench.groups import GROUPS, TITLES
 from synthia_vllm.bench.keys import make_key
-from synthia_vllm.bench.peers import GROUPS, TITLES, Plan, Say, Up, plain_vllm, portable, version_of, vllm_distribution
+from synthia_vllm.bench.peers import Plan, Say, Up, plain_vllm, portable, version_of, vllm_distribution
 from synthia_vllm.bench.processes import RunningServer, running
 from synthia_vllm.bench.rivals import (
     DIRECT,

@@ -17,48 +17,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from synthia_vllm import __version__
 from synthia_vllm.bench.client import Target
+from synthia_vllm.bench.groups import GROUPS, TITLES
 from synthia_vllm.bench.keys import make_key
 from synthia_vllm.bench.processes import RunningServer, running
-from synthia_vllm.bench.rivals import DIRECT, GATEWAY, RIVALS
 from synthia_vllm.bench.run_file import Server
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.vllm_seams import server_module
 from synthia_vllm.errors import SynthiaError
 
-Group = Literal["machine", "cluster", "gateways"]
 Say = Callable[[str], None]
 
 CONTEXT = 2048
 # What each of llama.cpp's slots holds: it divides its context evenly among them, before anyone asks.
 SLOTS, SLOT_CONTEXT = 64, 1024
-
-TITLES: Mapping[str, str] = {
-    "card": "the card's script, one request at a time",
-    "card-batched": "the card's script, batched",
-    "vllm-default": "vLLM's server as started by default",
-    "vllm-tuned": "vLLM's server with our tuning",
-    "llama.cpp": "llama.cpp's server (Q4_1 weights)",
-    "ours": "synthia-vllm serve",
-    "ray-normal": "Ray Serve LLM, normal ingress",
-    "ray-direct": "Ray Serve LLM, direct streaming",
-    "cluster": "synthia-vllm cluster",
-    DIRECT: "vLLM's server, no gateway",
-    **{rival.name: rival.title for rival in RIVALS},
-    GATEWAY: "synthia-vllm gateway (keys, limits, fairness)",
-}
-# Ours is the last of each.
-GROUPS: Mapping[Group, tuple[str, ...]] = {
-    "machine": ("card", "card-batched", "vllm-default", "vllm-tuned", "llama.cpp", "ours"),
-    "cluster": ("ray-normal", "ray-direct", "cluster"),
-    "gateways": (DIRECT, *(rival.name for rival in RIVALS), GATEWAY),
-}
-OURS = tuple(members[-1] for members in GROUPS.values())
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 
 from synthia_vllm.bench.estimates import ENOUGH, Estimate, median
 from synthia_vllm.bench.fairness import fairness
-from synthia_vllm.bench.peers import OURS
+from synthia_vllm.bench.groups import OURS
 from synthia_vllm.bench.plots import BAND, INK, Plot, Style, drawing, swatch
 from synthia_vllm.bench.roofline import bound, mean_context, points
 from synthia_vllm.bench.run_file import Measurement

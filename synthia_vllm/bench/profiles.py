@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from synthia_vllm.bench.conversations import Conversations
+from synthia_vllm.bench.groups import GROUPS, Group
 from synthia_vllm.bench.measuring import Workload
-from synthia_vllm.bench.peers import GROUPS, Group
 from synthia_vllm.bench.prompts import Span
 from synthia_vllm.bench.users import Population, Users
 from synthia_vllm.bench.workloads import ClosedLoop, OpenLoop

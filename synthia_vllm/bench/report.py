@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from synthia_vllm.bench import gateway_standing
 from synthia_vllm.bench.fairness import fairness
-from synthia_vllm.bench.peers import OURS
+from synthia_vllm.bench.groups import OURS
 from synthia_vllm.bench.pictures import Pictures
 from synthia_vllm.bench.plots import Plot
 from synthia_vllm.bench.run_file import Run, read, report_beside

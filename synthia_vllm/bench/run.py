@@ -19,9 +19,10 @@ from rich.console import Console
 
 from synthia_vllm.bench.client import GREEDY
 from synthia_vllm.bench.gateway_group import NULL_MODEL, gateways_group
+from synthia_vllm.bench.groups import GROUPS, Group
 from synthia_vllm.bench.interleaving import WARM_UP, run_rounds, warm_up
 from synthia_vllm.bench.measuring import Terms, whole
-from synthia_vllm.bench.peers import GROUPS, Group, Plan, Say, Up, cluster_group, machine_group
+from synthia_vllm.bench.peers import Plan, Say, Up, cluster_group, machine_group
 from synthia_vllm.bench.profiles import NEAREST, PROFILES, Part, Profile, chats_at_once
 from synthia_vllm.bench.records import Recorder, default_path, new_run
 from synthia_vllm.bench.rivals import RIVALS

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synthia_vllm.bench.gateway_standing import behind, compared, figures
-from synthia_vllm.bench.peers import GROUPS, OURS
+from synthia_vllm.bench.groups import GROUPS, OURS
 from synthia_vllm.bench.run_file import Measurement, Run
 from synthia_vllm.bench.summary import METRICS, Slo, Summary, summarize
 from synthia_vllm.bench.verdict import in_short

@@ -9,6 +9,7 @@ from synthia_vllm.bench.compare import TOLERANCE
 from synthia_vllm.bench.compare import Verdict as Side
 from synthia_vllm.bench.compare import verdict as side_of
 from synthia_vllm.bench.estimates import ENOUGH, Estimate
+from synthia_vllm.bench.groups import GROUPS
 from synthia_vllm.bench.summary import METRICS, Load, Summary
 
 _LATENCY = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
@@ -128,9 +129,6 @@ def groups(summary: Summary) -> list[list[str]]:
     present = summary.servers()
     if len(present) < 2:
         return []
-    # A run of one server, as of `bench url`, does without the peers and what starting them needs.
-    from synthia_vllm.bench.peers import GROUPS
-
     found = [[name for name in members if name in present] for members in GROUPS.values()]
     rest = [name for name in present if not any(name in members for members in GROUPS.values())]
     return [members for members in (*found, rest) if len(members) > 1]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from synthia_vllm.bench import peers
-from synthia_vllm.bench.peers import TITLES, Peer, Plan, machine_group, machine_peers, portable
+from synthia_vllm.bench.groups import TITLES
+from synthia_vllm.bench.peers import Peer, Plan, machine_group, machine_peers, portable
 from synthia_vllm.engine.arguments import EnginePlan
 
 PLAN = Plan("demo", EnginePlan("/cache/models/Small", "Small", ["--model", "/cache/models/Small"]), 1.0, 2)
