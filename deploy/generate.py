@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from unittest.mock import patch
 
-from synthia_vllm.deploy.files import Files, write
-from synthia_vllm.deploy.render import render
+from synthia_vllm.manifests.files import Files, write
+from synthia_vllm.manifests.render import render
 from synthia_vllm.settings import load_settings
 
 FOLDER = Path(__file__).parent

@@ -19,12 +19,12 @@ from pydantic.fields import FieldInfo
 from sqlalchemy.exc import OperationalError
 
 from synthia_vllm.cli.cluster import config_text
-from synthia_vllm.deploy.render import render
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.app import check_stores
 from synthia_vllm.gateway.limits.shared import SharedLimiter
 from synthia_vllm.gateway.observers.log import configure_logging
+from synthia_vllm.manifests.render import render
 from synthia_vllm.settings import SECRETS, LogSettings, Settings, Untold, fields_with, load_settings
 
 MARK = "hush7hush"

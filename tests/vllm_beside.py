@@ -16,8 +16,8 @@ from typing import Any
 import uvicorn
 
 from synthia_vllm.cli.serve import serve
+from synthia_vllm.engine.private_vllm import find
 from synthia_vllm.engine.server import tokenizer_of
-from synthia_vllm.engine.vllm_seams import find
 from synthia_vllm.settings import load_settings
 
 

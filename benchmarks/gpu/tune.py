@@ -14,8 +14,8 @@ from synthia_vllm.bench.interleaving import warm_up
 from synthia_vllm.bench.measuring import Terms
 from synthia_vllm.bench.peers import Say, Up
 from synthia_vllm.engine.memory import read_config
+from synthia_vllm.engine.private_vllm import installed_vllm
 from synthia_vllm.engine.profiles import Profile, geometry_of, hardware_of, write_profile
-from synthia_vllm.engine.vllm_seams import installed_vllm
 
 
 class Tuner:

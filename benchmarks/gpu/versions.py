@@ -3,7 +3,7 @@
 import importlib.metadata
 from collections.abc import Callable
 
-from synthia_vllm.engine.vllm_seams import FITTING, installed_vllm
+from synthia_vllm.engine.private_vllm import FITTING, installed_vllm
 from synthia_vllm.errors import SetupError
 
 

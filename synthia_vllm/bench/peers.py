@@ -27,7 +27,7 @@ from synthia_vllm.bench.keys import make_key
 from synthia_vllm.bench.processes import RunningServer, running
 from synthia_vllm.bench.run_file import Server
 from synthia_vllm.engine.arguments import EnginePlan
-from synthia_vllm.engine.vllm_seams import server_module
+from synthia_vllm.engine.private_vllm import server_module
 from synthia_vllm.errors import SynthiaError
 
 Say = Callable[[str], None]

@@ -20,8 +20,8 @@ def command() -> None:
 @click.pass_obj
 def render_command(vllm_options: list[str] | None, kind: str, words: tuple[str, ...]) -> None:
     """Write the files of one KIND below --to FOLDER (default: deploy); --help after the kind lists the settings."""
-    from synthia_vllm.deploy.files import write
-    from synthia_vllm.deploy.render import render
+    from synthia_vllm.manifests.files import write
+    from synthia_vllm.manifests.render import render
 
     folder, rest = _target(words)
     settings = settings_for(RENDER, rest)
@@ -38,7 +38,7 @@ def render_command(vllm_options: list[str] | None, kind: str, words: tuple[str, 
 @click.option("--revision", default="main", show_default=True, help="commit on the hub; a branch moves")
 def fetch_model_command(model: str, folder: Path, revision: str) -> None:
     """Download MODEL from the hub and check each large file's SHA-256; goes on where it was interrupted."""
-    from synthia_vllm.deploy.model import SUMS, fetch_model
+    from synthia_vllm.manifests.model import SUMS, fetch_model
 
     sums = fetch_model(model, folder, revision)
     click.echo(f"{model}: {len(sums)} files checked; {folder / SUMS}")
@@ -49,7 +49,7 @@ def fetch_model_command(model: str, folder: Path, revision: str) -> None:
 @click.option("--seconds", type=click.FloatRange(min=0), default=600.0, show_default=True, help="longest wait")
 def drain_command(port: int, seconds: float) -> None:
     """Wait until no client is connected to the port any more; exit code 1 where time ran out."""
-    from synthia_vllm.deploy.drain import drain
+    from synthia_vllm.manifests.drain import drain
 
     if not drain(port, seconds):
         click.echo(f"port {port} still has connections after {seconds:g} s", err=True)

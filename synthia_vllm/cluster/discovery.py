@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from synthia_vllm.cluster.serve_internals import next_target_groups
+from synthia_vllm.cluster.private_ray import next_target_groups
 
 _ALL = -1  # have seen no list yet
 _ASK_AGAIN_S = 1.0

@@ -14,7 +14,7 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from synthia_vllm.cluster.planning import as_asked, plan_on_any
-from synthia_vllm.cluster.serve_internals import LocalModelCallback
+from synthia_vllm.cluster.private_ray import LocalModelCallback
 from synthia_vllm.cluster.server import OWN_CONFIG, Engine
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.hardware import Machine, inspect_machine

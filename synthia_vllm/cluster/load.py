@@ -85,7 +85,7 @@ class LoadReader:
 
     def read(self) -> Load | None:
         """The total of what the board says now; blocks on the network."""
-        from synthia_vllm.cluster.serve_internals import Board
+        from synthia_vllm.cluster.private_ray import Board
 
         board = Board(BOARD)
         found = self.total({name: msgspec.json.decode(value, type=Load) for name, value in board.read().items()})
@@ -96,7 +96,7 @@ class LoadReader:
 
 async def tell(name: str, measure: Callable[[], Load]) -> None:
     """Writes one gateway's load once a second until cancelled, and then takes it off."""
-    from synthia_vllm.cluster.serve_internals import Board
+    from synthia_vllm.cluster.private_ray import Board
 
     board = Board(BOARD)
     try:

@@ -9,8 +9,8 @@ import structlog
 
 from synthia_vllm.engine import late_logprobs
 from synthia_vllm.engine.port import Capacity, Delta, Generation, Position, Sampling, TokenLogprob
+from synthia_vllm.engine.private_vllm import answered, refusals
 from synthia_vllm.engine.tokenizer import Tokenizer
-from synthia_vllm.engine.vllm_seams import answered, refusals
 from synthia_vllm.errors import Overloaded, RequestError, UpstreamLost
 
 _READY_DEADLINE_S = 5.0

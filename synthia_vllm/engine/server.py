@@ -9,8 +9,8 @@ from typing import Any
 
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.local import LocalEngine
+from synthia_vllm.engine.private_vllm import find
 from synthia_vllm.engine.tokenizer import Tokenizer
-from synthia_vllm.engine.vllm_seams import find
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.edge.listener import DrainingServer, settle_memory
 from synthia_vllm.settings import Settings

@@ -199,7 +199,7 @@ def test_an_option_of_vllms_server_is_refused_with_what_to_use_instead(option: s
 
 
 def test_the_options_refused_are_vllms() -> None:
-    from synthia_vllm.engine.vllm_seams import find
+    from synthia_vllm.engine.private_vllm import find
 
     module = inspect.getmodule(find("make_arg_parser"))
     fields = {f"--{name.replace('_', '-')}" for name in vars(module)["FrontendArgs"].__dataclass_fields__}

@@ -122,7 +122,7 @@ async def test_clocks_that_are_far_apart_play_no_part(monkeypatch: pytest.Monkey
         def __init__(self, name: str) -> None:
             self.read, self.put, self.remove = kept.copy, kept.__setitem__, kept.__delitem__
 
-    monkeypatch.setattr("synthia_vllm.cluster.serve_internals.Board", Board)
+    monkeypatch.setattr("synthia_vllm.cluster.private_ray.Board", Board)
     monkeypatch.setattr("synthia_vllm.cluster.load._PERIOD_S", 0.01)
     monkeypatch.setattr("time.time", itertools.cycle([0.0, 3600.0, 1e10]).__next__)
     reader = LoadReader()

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from synthia_vllm.deploy.render import render
 from synthia_vllm.free_ports import free_port
+from synthia_vllm.manifests.render import render
 from synthia_vllm.settings import Settings
 from tests.running import until
 from tests.tools import needed

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from synthia_vllm.deploy import drain as module
-from synthia_vllm.deploy.drain import drain, open_connections
+from synthia_vllm.manifests import drain as module
+from synthia_vllm.manifests.drain import drain, open_connections
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonit
 
 from deploy.generate import FOLDER
 from synthia_vllm.cli.cluster import config_text
-from synthia_vllm.deploy.kubernetes.rayservice import in_pod
-from synthia_vllm.deploy.render import render
-from synthia_vllm.deploy.sizing import size
+from synthia_vllm.manifests.kubernetes.rayservice import in_pod
+from synthia_vllm.manifests.render import render
+from synthia_vllm.manifests.sizing import size
 from synthia_vllm.settings import Settings, load_settings
 from tests.deploy.kustomize import build
 from tests.deploy.rayservice import RayServiceSpec

@@ -11,7 +11,7 @@ import yaml
 
 from deploy.generate import FOLDER
 from synthia_vllm.cluster.config import check_environment, ray_environment
-from synthia_vllm.deploy.render import render
+from synthia_vllm.manifests.render import render
 from synthia_vllm.settings import DeploySettings, Settings, load_settings
 
 _RAY = FOLDER / "ray"

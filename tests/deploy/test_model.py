@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from synthia_vllm.deploy.model import check_sums
 from synthia_vllm.errors import SetupError
+from synthia_vllm.manifests.model import check_sums
 
 _COMMIT = "a" * 40
 _WEIGHTS = b"weights" * 1000

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from deploy.generate import FOLDER, generated
-from synthia_vllm.deploy.render import render
 from synthia_vllm.errors import SetupError
+from synthia_vllm.manifests.render import render
 from synthia_vllm.secret_urls import reveal
 from synthia_vllm.settings import Settings, load_settings
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deploy.generate import FOLDER
-from synthia_vllm.deploy.render import render
+from synthia_vllm.manifests.render import render
 from synthia_vllm.settings import Settings, load_settings
 from tests.conftest import RunningServer
 from tests.running import gateway

@@ -2,9 +2,9 @@
 
 import math
 
-from synthia_vllm.deploy.common import OF_SEVERAL, settings_file
-from synthia_vllm.deploy.files import Files, fill, to_yaml
-from synthia_vllm.deploy.sizing import size
+from synthia_vllm.manifests.common import OF_SEVERAL, settings_file
+from synthia_vllm.manifests.files import Files, fill, to_yaml
+from synthia_vllm.manifests.sizing import size
 from synthia_vllm.settings import LOOPBACK, Settings
 
 

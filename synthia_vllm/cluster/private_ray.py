@@ -1,6 +1,6 @@
 """All of Ray Serve that we use without its promise, in one place. Checked on Ray 2.60.0.
 
-`tests/cluster/test_serve_internals.py` fails when one of these moves. What they are for: Serve tells its own HAProxy
+`tests/cluster/test_private_ray.py` fails when one of these moves. What they are for: Serve tells its own HAProxy
 which replicas of an application run and where; it offers nobody else that. And Ray keeps small values for its own
 components in the GCS, which is alive as long as the cluster is.
 """

@@ -1,11 +1,11 @@
 """Kubernetes without Ray: each pod is a whole server, `synthia-vllm serve`, and KEDA decides how many there are."""
 
-from synthia_vllm.deploy.common import OF_SEVERAL, image, settings_file
-from synthia_vllm.deploy.files import to_yaml
-from synthia_vllm.deploy.kubernetes import pod
-from synthia_vllm.deploy.kubernetes.pod import Object
-from synthia_vllm.deploy.kubernetes.rayservice import in_pod
-from synthia_vllm.deploy.sizing import Sizing
+from synthia_vllm.manifests.common import OF_SEVERAL, image, settings_file
+from synthia_vllm.manifests.files import to_yaml
+from synthia_vllm.manifests.kubernetes import pod
+from synthia_vllm.manifests.kubernetes.pod import Object
+from synthia_vllm.manifests.kubernetes.rayservice import in_pod
+from synthia_vllm.manifests.sizing import Sizing
 from synthia_vllm.settings import CONFIG_VARIABLE, Settings
 
 CONFIG = "synthia-config"

@@ -4,9 +4,9 @@ import shlex
 from typing import Any
 
 from synthia_vllm.cluster.config import ray_environment
-from synthia_vllm.deploy.common import image, in_cluster
-from synthia_vllm.deploy.files import Files, to_yaml
-from synthia_vllm.deploy.sizing import Sizing, size
+from synthia_vllm.manifests.common import image, in_cluster
+from synthia_vllm.manifests.files import Files, to_yaml
+from synthia_vllm.manifests.sizing import Sizing, size
 from synthia_vllm.settings import Settings
 
 _ENVIRONMENT_FILE = "/run/synthia/ray.env"  # in the container, which Ray mounts its files into

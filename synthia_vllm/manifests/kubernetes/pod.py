@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from synthia_vllm.deploy.sizing import Sizing
+from synthia_vllm.manifests.sizing import Sizing
 from synthia_vllm.settings import SECRETS_VARIABLE, Settings
 
 NAME = "synthia"

@@ -3,12 +3,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from synthia_vllm.cluster.config import ray_environment, serve_config
-from synthia_vllm.deploy.common import image, in_cluster
-from synthia_vllm.deploy.files import to_yaml
-from synthia_vllm.deploy.kubernetes import base, pod
-from synthia_vllm.deploy.kubernetes.pod import Object
-from synthia_vllm.deploy.sizing import Sizing
 from synthia_vllm.errors import SetupError
+from synthia_vllm.manifests.common import image, in_cluster
+from synthia_vllm.manifests.files import to_yaml
+from synthia_vllm.manifests.kubernetes import base, pod
+from synthia_vllm.manifests.kubernetes.pod import Object
+from synthia_vllm.manifests.sizing import Sizing
 from synthia_vllm.settings import Settings
 
 SERVE_LABEL = {"ray.io/cluster-owner": "synthia"}

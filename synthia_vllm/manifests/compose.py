@@ -4,9 +4,9 @@ from typing import Any
 
 import yaml
 
-from synthia_vllm.deploy.common import OF_RAY, image, settings_file
-from synthia_vllm.deploy.files import SHIPPED, Files, shipped, to_yaml
-from synthia_vllm.deploy.sizing import Sizing, size
+from synthia_vllm.manifests.common import OF_RAY, image, settings_file
+from synthia_vllm.manifests.files import SHIPPED, Files, shipped, to_yaml
+from synthia_vllm.manifests.sizing import Sizing, size
 from synthia_vllm.settings import Settings, dump
 
 _USER = "10001:10001"  # the Dockerfile's

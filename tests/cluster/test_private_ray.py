@@ -11,7 +11,7 @@ from ray.serve._private.long_poll import LongPollNamespace, LongPollState, Updat
 from ray.serve.schema import Target, TargetGroup
 
 from synthia_vllm.cluster.discovery import replica_urls
-from synthia_vllm.cluster.serve_internals import CHECKED_ON
+from synthia_vllm.cluster.private_ray import CHECKED_ON
 
 
 def test_version_is_the_one_that_was_checked() -> None:

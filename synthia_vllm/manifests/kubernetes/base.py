@@ -4,12 +4,12 @@ import math
 
 import yaml
 
-from synthia_vllm.deploy.common import image
-from synthia_vllm.deploy.files import shipped
-from synthia_vllm.deploy.kubernetes import pod
-from synthia_vllm.deploy.kubernetes.pod import Object
-from synthia_vllm.deploy.sizing import Sizing
 from synthia_vllm.engine.hardware import GIB
+from synthia_vllm.manifests.common import image
+from synthia_vllm.manifests.files import shipped
+from synthia_vllm.manifests.kubernetes import pod
+from synthia_vllm.manifests.kubernetes.pod import Object
+from synthia_vllm.manifests.sizing import Sizing
 from synthia_vllm.settings import Settings
 
 ADMIN_KEY_SECRET = "synthia-metrics-key"

@@ -1,9 +1,9 @@
 """The tree of files: `base`, `components`, and the overlay that is for these settings."""
 
-from synthia_vllm.deploy.files import Files, to_yaml
-from synthia_vllm.deploy.kubernetes import base, pod, rayservice, server
-from synthia_vllm.deploy.kubernetes.pod import Object
-from synthia_vllm.deploy.sizing import Sizing, size
+from synthia_vllm.manifests.files import Files, to_yaml
+from synthia_vllm.manifests.kubernetes import base, pod, rayservice, server
+from synthia_vllm.manifests.kubernetes.pod import Object
+from synthia_vllm.manifests.sizing import Sizing, size
 from synthia_vllm.settings import Settings
 
 _KUSTOMIZE = "kustomize.config.k8s.io"

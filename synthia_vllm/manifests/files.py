@@ -12,7 +12,7 @@ from synthia_vllm.errors import SetupError
 Files = dict[str, str]  # path below the target folder: text
 SHIPPED = Path(__file__).parent / "shipped"
 _ENVIRONMENT = Environment(
-    loader=PackageLoader("synthia_vllm.deploy"),
+    loader=PackageLoader("synthia_vllm.manifests"),
     undefined=StrictUndefined,
     keep_trailing_newline=True,
     trim_blocks=True,

@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from synthia_vllm.engine import vllm_seams
+from synthia_vllm.engine import private_vllm
+from synthia_vllm.engine.private_vllm import find
 from synthia_vllm.engine.startup import _PHASES
-from synthia_vllm.engine.vllm_seams import find
 
 
 def test_version_is_the_one_that_was_checked() -> None:
@@ -43,8 +43,8 @@ def test_what_the_server_calls_is_where_it_was(name: str, parameters: list[str])
     ],
 )
 def test_the_place_goes_by_the_version(monkeypatch: pytest.MonkeyPatch, version: str, module: str) -> None:
-    monkeypatch.setattr(vllm_seams, "installed_vllm", lambda: version)
-    assert vllm_seams.server_module() == module
+    monkeypatch.setattr(private_vllm, "installed_vllm", lambda: version)
+    assert private_vllm.server_module() == module
 
 
 def test_phases_are_named_once() -> None:

@@ -1,7 +1,7 @@
 """Where vLLM keeps what our server is built from: private to vLLM, so held here alone.
 
 Read in 0.29.0 (torch 2.13) and in 0.25.1 (torch 2.11): the same functions with the same parameters, which moved from
-`entrypoints.openai` to `entrypoints.launchers` with 0.29. `tests/engine/test_vllm_seams.py` fails when they move again.
+`entrypoints.openai` to `entrypoints.launchers` with 0.29. `tests/engine/test_private_vllm.py` fails when they move.
 All options that `engine.arguments` sets are known to both; 0.25.1 has no limit on stop strings to raise.
 """
 

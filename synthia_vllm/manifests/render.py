@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from synthia_vllm.deploy.compose import render_compose
-from synthia_vllm.deploy.files import Files
-from synthia_vllm.deploy.kubernetes.render import render_kubernetes
-from synthia_vllm.deploy.launcher import render_launcher
-from synthia_vllm.deploy.systemd import render_systemd
 from synthia_vllm.gateway.edge.listener import check_exposure
+from synthia_vllm.manifests.compose import render_compose
+from synthia_vllm.manifests.files import Files
+from synthia_vllm.manifests.kubernetes.render import render_kubernetes
+from synthia_vllm.manifests.launcher import render_launcher
+from synthia_vllm.manifests.systemd import render_systemd
 from synthia_vllm.settings import Settings
 
 _RENDERERS: dict[str, Callable[[Settings, list[str]], Files]] = {
