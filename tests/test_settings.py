@@ -145,7 +145,7 @@ def test_what_a_library_does_to_yaml_changes_no_settings(tmp_path: Path) -> None
         "load_settings(['--config', sys.argv[1]])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(file)], check=False, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, str(file)], check=False, capture_output=True, text=True, timeout=300
     )
     assert "line 1, column 7: not a timestamp" in done.stderr, done.stderr
 
