@@ -19,7 +19,7 @@ from synthia_vllm import __version__
 from synthia_vllm.bench.client import Call, Client, Target
 from synthia_vllm.bench.groups import GROUPS, TITLES
 from synthia_vllm.bench.keys import make_key
-from synthia_vllm.bench.peers import Plan, Say, Up, plain_vllm, portable, version_of, vllm_distribution
+from synthia_vllm.bench.peers import Plan, Say, Up, described, plain_vllm, version_of, vllm_distribution
 from synthia_vllm.bench.processes import RunningServer, running
 from synthia_vllm.bench.rivals import (
     DIRECT,
@@ -126,10 +126,11 @@ def ours(plan: Plan, engine: Engine) -> Gateway:
 
 
 def _direct(plan: Plan, command: Sequence[str], engine: RunningServer, behind: partial[float] | None) -> Up:
-    server = Server(
-        name=DIRECT,
+    server = described(
+        plan,
+        DIRECT,
+        command,
         title="the null engine, no gateway" if plan.null else TITLES[DIRECT],
-        command=[portable(word, plan) for word in command],
         version=__version__ if plan.null else version_of(vllm_distribution()),
         startup_s=engine.startup_s,
     )
@@ -151,11 +152,11 @@ def _start(gateway: Gateway, plan: Plan, folder: Path, stack: ExitStack, say: Sa
         salt = f"/{gateway.name}"
         target = Target(process.url, plan.engine.name, gateway.key, chat=True, salt=salt, omit=_OMIT)
         missing = why_no_answer(target)
-    server = Server(
-        name=gateway.name,
-        title=TITLES[gateway.name],
-        command=[portable(word, plan) for word in gateway.command],
-        environment={name: portable(value, plan) for name, value in gateway.environment.items()},
+    server = described(
+        plan,
+        gateway.name,
+        gateway.command,
+        gateway.environment,
         version=gateway.version,
         startup_s=process.startup_s if process else None,
         missing=missing,

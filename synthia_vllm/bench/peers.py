@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -164,19 +165,28 @@ def machine_group(plan: Plan, names: Sequence[str], logs: Path, say: Say) -> Ite
 
 
 def _up(peer: Peer, process: RunningServer | str | None, plan: Plan, keys: Mapping[str, str]) -> Up:
-    server = Server(
-        name=peer.name,
-        title=TITLES[peer.name],
-        command=[portable(word, plan) for word in peer.command],
-        environment={name: portable(value, plan) for name, value in peer.environment.items()},
+    server = described(
+        plan,
+        peer.name,
+        peer.command,
+        peer.environment,
         version=version_of(peer.package),
+        startup_s=process.startup_s if isinstance(process, RunningServer) else None,
         missing=process if isinstance(process, str) else peer.missing,
     )
     if not isinstance(process, RunningServer):
         return Up(server)
-    server = server.model_copy(update={"startup_s": process.startup_s})
     target = Target(process.url + peer.path, plan.engine.name, chat=peer.chat, keys=keys, keep_alive=peer.keep_alive)
     return Up(server, target, process.memory_bytes, peer.limited)
+
+
+def described(
+    plan: Plan, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None, **told: Any
+) -> Server:
+    """A server as the report has it, without this machine's folders; `told`: what else `Server` has."""
+    shown = {variable: portable(value, plan) for variable, value in (environment or {}).items()}
+    words = [portable(word, plan) for word in command]
+    return Server(**{"title": TITLES[name]} | told, name=name, command=words, environment=shown)
 
 
 @contextmanager
@@ -221,10 +231,10 @@ def _cluster(plan: Plan, names: Sequence[str], logs: Path) -> Iterator[list[Up]]
                 own = {"ray-normal": "normal", "ray-direct": "direct", "cluster": "ours"}
                 yield [
                     Up(
-                        Server(
-                            name=name,
-                            title=TITLES[name],
-                            command=[portable(word, plan) for word in command],
+                        described(
+                            plan,
+                            name,
+                            command,
                             version=__version__ if name == "cluster" else version_of("ray"),
                             startup_s=round(seconds, 1),
                         ),

@@ -69,7 +69,7 @@ def command(file: Path, output: Path | None) -> None:
 def render(run: Run) -> str:
     """As HTML."""
     summary = Summary(run)
-    drawn = Pictures(summary).all()
+    drawn, found = Pictures(summary).all(), verdicts(summary)
     templates = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["markup"] = Markup
@@ -81,9 +81,9 @@ def render(run: Run) -> str:
         began=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.started_at)),
         gateways=_gateways(summary),
         tiles=_tiles(summary),
-        verdicts=verdicts(summary),
+        verdicts=found,
         winners=winners(summary),
-        sureness=sureness(summary),
+        sureness=sureness(found),
         silent=[(summary.title(name), _why(summary, name)) for name in summary.silent()],
         faults=_faults(summary),
         missing=[server for server in run.servers if server.missing],

@@ -18,15 +18,15 @@ _HEADS = ("tokens/s", "TTFT p50, ms", "p99", "ITL p50, ms", "p99")
 def show(run: Run, console: Console) -> None:
     """Tells where ours is behind, what won, medians over the rounds, ratios, and everything that went wrong."""
     summary = Summary(run)
-    for sentence in in_short(summary):
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    for table in (_behind(summary), _gateways(summary), _figures(summary), _ratios(summary)):
-        if table.row_count:
-            console.print(table)
 
     def tell(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    for sentence in in_short(summary):
+        tell(sentence)
+    for table in (_behind(summary), _gateways(summary), _figures(summary), _ratios(summary)):
+        if table.row_count:
+            console.print(table)
     for server in run.servers:
         if server.missing:
             tell(f"left out: {server.name}: {server.missing}")

@@ -47,8 +47,13 @@ class Verdict:
     ahead: list[Finding]
 
     @property
+    def findings(self) -> list[Finding]:
+        """Of all three sides."""
+        return [*self.behind, *self.level, *self.ahead]
+
+    @property
     def count(self) -> int:
-        return len(self.behind) + len(self.level) + len(self.ahead)
+        return len(self.findings)
 
     def told(self, side: str) -> str:
         """The first few of a side, in words."""
@@ -101,17 +106,18 @@ def winners(summary: Summary) -> list[str]:
 
 def in_short(summary: Summary) -> list[str]:
     """A sentence for each peer that ours is behind of, then what won, then how sure that is."""
+    found = verdicts(summary)
     behind = [
         f"{summary.title(one.ours)} is behind {summary.title(one.theirs)}: {one.told('behind')}."
-        for one in verdicts(summary)
+        for one in found
         if one.behind
     ]
-    return [sentence for sentence in (*behind, *winners(summary), sureness(summary)) if sentence]
+    return [sentence for sentence in (*behind, *winners(summary), sureness(found)) if sentence]
 
 
-def sureness(summary: Summary) -> str:
+def sureness(found: Sequence[Verdict]) -> str:
     """What the brackets are, and when a difference counts."""
-    rounds = [finding.ratio.rounds for finding in _findings(summary)]
+    rounds = [finding.ratio.rounds for one in found for finding in one.findings]
     if not rounds:
         return ""
     some = f"{min(rounds)}" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from synthia_vllm.bench import gateway_group, peers
+from synthia_vllm.bench import gateway_group, groups
 from synthia_vllm.bench.client import Target
 from synthia_vllm.bench.gateway_group import why_no_answer
 from synthia_vllm.bench.null.engine import NullEngine
@@ -25,9 +25,10 @@ def bench(*words: str) -> Result:
 def stand_ins(monkeypatch: pytest.MonkeyPatch, rivals: Sequence[Rival]) -> None:
     """In the place of others' gateways."""
     group = ("direct", *(rival.name for rival in rivals), "gateway")
-    monkeypatch.setitem(peers.GROUPS, "gateways", group)  # type: ignore[misc]
+    monkeypatch.setitem(groups.GROUPS, "gateways", group)  # type: ignore[misc]
     monkeypatch.setattr(gateway_group, "RIVALS", rivals)
-    monkeypatch.setattr(gateway_group, "TITLES", {**peers.TITLES, "smg": "a reverse proxy", "gone": "one that ends"})
+    for rival in rivals:
+        monkeypatch.setitem(groups.TITLES, rival.name, rival.title)  # type: ignore[misc]
 
 
 def test_all_are_measured_and_the_missing_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

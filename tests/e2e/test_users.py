@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from synthia_vllm.bench.keys import make_key
 from synthia_vllm.free_ports import free_port
 from tests.conftest import RunningServer
 from tests.e2e.test_server import of_vllm, running
@@ -33,7 +34,7 @@ def synthia(data: Path, *words: str) -> str:
 
 @pytest.fixture
 def new_key(server: RunningServer) -> NewKey:
-    return lambda user, *options: synthia(server.data, "keys", "create", "--user", user, *options)
+    return lambda user, *options: make_key(user, *options, data=server.data)
 
 
 def bill(server: RunningServer, user: str, requests: int = 1) -> dict[str, int]:
