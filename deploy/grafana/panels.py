@@ -123,6 +123,7 @@ SERVICE = Dashboard(
 )
 
 _USER = '{user=~"$user"}'
+_ON_REQUEST = "Empty without --metrics.user-histograms: by user, histograms would be nearly all of /metrics."
 
 USERS = Dashboard(
     "synthia-users",
@@ -161,9 +162,15 @@ USERS = Dashboard(
             "Time to first token, p99",
             "s",
             _quantiles("synthia_time_to_first_token_seconds", "user", _USER, (0.99,)),
+            _ON_REQUEST,
         ),
-        Panel("In the queue, p99", "s", _quantiles("synthia_queue_wait_seconds", "user", _USER, (0.99,))),
-        Panel("Between tokens, p99", "s", _quantiles("synthia_inter_token_latency_seconds", "user", _USER, (0.99,))),
+        Panel("In the queue, p99", "s", _quantiles("synthia_queue_wait_seconds", "user", _USER, (0.99,)), _ON_REQUEST),
+        Panel(
+            "Between tokens, p99",
+            "s",
+            _quantiles("synthia_inter_token_latency_seconds", "user", _USER, (0.99,)),
+            _ON_REQUEST,
+        ),
         Panel(
             "Refused",
             "reqps",

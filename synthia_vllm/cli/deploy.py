@@ -1,4 +1,4 @@
-"""`synthia-vllm deploy render|fetch-model|drain`."""
+"""`synthia-vllm deploy render|fetch-model|await-model|drain`."""
 
 from pathlib import Path
 
@@ -42,6 +42,16 @@ def fetch_model_command(model: str, folder: Path, revision: str) -> None:
 
     sums = fetch_model(model, folder, revision)
     click.echo(f"{model}: {len(sums)} files checked; {folder / SUMS}")
+
+
+@command.command("await-model")
+@click.argument("folder", type=click.Path(path_type=Path))
+def await_model_command(folder: Path) -> None:
+    """Wait until `deploy fetch-model` has finished FOLDER, however long that takes, and say how far it is."""
+    from synthia_vllm.manifests.model import await_model
+
+    await_model(folder, lambda line: click.echo(line, err=True))
+    click.echo(f"{folder} is there", err=True)
 
 
 @command.command("drain")

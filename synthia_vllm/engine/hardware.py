@@ -40,7 +40,7 @@ class Machine:
 def inspect_machine() -> Machine:
     """Looks at the machine: affinity mask and memory (the container's limits if lower), nvidia-smi."""
     memory = psutil.virtual_memory()
-    limit = _cgroup_limit()
+    limit = memory_limit()
     total = min(memory.total, limit) if limit else memory.total
     return Machine(
         cpus=len(usable_cpus()),
@@ -147,9 +147,13 @@ def _node_available() -> int | None:
     return sum(sizes[name] for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
 
 
-def _cgroup_limit() -> int | None:
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+def memory_limit(cgroups: Path = _CGROUPS) -> int | None:
+    """Bytes that this container may have; None without a limit. cgroup v2, else v1."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (cgroups / name).read_text().strip()
+        except OSError:
+            continue
+        # No limit is `max` in v2, and in v1 the largest number of pages that there may be.
+        return int(text) if text.isdigit() and int(text) < 2**62 else None
+    return None

@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Cap, Counts, Histograms, Table, single
@@ -39,10 +39,11 @@ class Recorder:
         self.requests = Counts(series.REQUESTS)
         self.prompt_tokens = Counts(series.PROMPT_TOKENS)
         self.generation_tokens = Counts(series.GENERATION_TOKENS)
-        self.first_token = Histograms(series.TIME_TO_FIRST_TOKEN)
-        self.gaps = Histograms(series.INTER_TOKEN_LATENCY)
-        self.duration = Histograms(series.REQUEST_DURATION)
-        self.queue_wait = Histograms(series.QUEUE_WAIT)
+        self._user_histograms = settings.user_histograms
+        self.first_token = self._latency(series.TIME_TO_FIRST_TOKEN)
+        self.gaps = self._latency(series.INTER_TOKEN_LATENCY)
+        self.duration = self._latency(series.REQUEST_DURATION)
+        self.queue_wait = self._latency(series.QUEUE_WAIT)
         self.service = Counts(series.FAIR_SERVICE)
         self.rejections = Counts(series.REJECTIONS)
         self.slo_requests = Counts(series.SLO_REQUESTS)
@@ -56,6 +57,10 @@ class Recorder:
     def model(self, name: str, answered: bool) -> str:
         """A client can ask for any name; one is known once the engine has answered to it."""
         return self.models.admit(name) if answered else self.models.known(name)
+
+    def latency_labels(self, model: str, user: str) -> tuple[str, ...]:
+        """Those of the histograms."""
+        return (model, user) if self._user_histograms else (model,)
 
     def judge(self, user: str, met: bool) -> None:
         # Both are there from the first on: a ratio needs its zero.
@@ -81,6 +86,9 @@ class Recorder:
             self.slo_requests,
             single(series.SLO_OBJECTIVE, self.slo.objective),
         )
+
+    def _latency(self, family: series.Family) -> Histograms:
+        return Histograms(replace(family, labels=self.latency_labels("model", "user")))
 
     def _by_user(self, family: series.Family, numbers: dict[str, int]) -> Counts:
         """Zero for those who have none now: a gauge that goes and comes looks like an outage."""

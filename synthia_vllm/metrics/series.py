@@ -2,6 +2,7 @@
 
 What is counted is what the client gets, taken at the gateway's last step before the socket. Times are in seconds.
 `user` names the first users since the start, as many as the setting `metrics.max_users` says; all others are `other`.
+Histograms have that label only with the setting `metrics.user_histograms`: they would be nearly all of the page.
 `model` is a name that the engine has answered to, else `other`. `replica` is `local` where the engine is in this
 process. Series that live elsewhere: `synthia_stream_resumes_total` in `replicas`, `synthia_limits_*` in `limits`,
 `synthia_background_restarts_total` in `supervise`; vLLM's own `vllm:*` come from the engines.
@@ -50,28 +51,28 @@ GENERATION_TOKENS = Family(
 TIME_TO_FIRST_TOKEN = Family(
     "synthia_time_to_first_token_seconds",
     "histogram",
-    ("model", "user"),
+    ("model",),
     "From a request's arrival to its first token on the way to the client, waiting included. Streams only.",
     _WAITS,
 )
 INTER_TOKEN_LATENCY = Family(
     "synthia_inter_token_latency_seconds",
     "histogram",
-    ("model", "user"),
+    ("model",),
     "Gap between two chunks of a stream, one a chunk however many tokens it has, as `vllm bench serve` counts.",
     _GAPS,
 )
 REQUEST_DURATION = Family(
     "synthia_request_duration_seconds",
     "histogram",
-    ("model", "user"),
+    ("model",),
     "From a request's arrival to the end of its reply; whole replies only.",
     _DURATIONS,
 )
 QUEUE_WAIT = Family(
     "synthia_queue_wait_seconds",
     "histogram",
-    ("model", "user"),
+    ("model",),
     "From a request's arrival to its hand-over to the engine.",
     _WAITS,
 )

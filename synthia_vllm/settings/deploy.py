@@ -2,9 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from synthia_vllm.settings.kinds import Untold
+from synthia_vllm.settings.kinds import Untold, Url
+
+_Taint = Annotated[str, Field(pattern=r"^[^\s=:]+(=[^\s=:]*)?:(NoSchedule|PreferNoSchedule|NoExecute)$")]
 
 
 class DeploySettings(BaseModel):
@@ -23,13 +25,44 @@ class DeploySettings(BaseModel):
     nodes: Annotated[PositiveInt, Field(description="machines that engines run on")] = 1
     gpus_per_node: Annotated[NonNegativeInt, Field(description="NVIDIA GPUs in each of them")] = 0
     gpu_memory_gib: Annotated[PositiveFloat, Field(description="memory of one GPU")] = 80.0
-    cpus_per_node: Annotated[PositiveInt, Field(description="CPUs that each of them gives")] = 4
+    cpus_per_node: Annotated[PositiveInt, Field(description="CPUs that each of them has")] = 4
+    reserved_cpus: Annotated[
+        NonNegativeFloat,
+        Field(
+            description="Kubernetes: CPUs of a node that its own and others' pods have; engines' pods ask for the rest"
+        ),
+    ] = 0.5
     memory_per_node_gib: Annotated[PositiveFloat, Field(description="memory that each of them gives")] = 16.0
     grace_period_s: Annotated[
         PositiveInt | None,
         Field(description="from SIGTERM to SIGKILL (default: what draining needs); never less than that"),
     ] = None
     model_revision: Annotated[str, Field(description="commit of the model on the hub; a branch moves")] = "main"
+    node_selector: Annotated[
+        dict[str, str], Field(description="Kubernetes: labels of the nodes that engines run on, as LABEL=VALUE")
+    ] = {}
+    tolerations: Annotated[
+        list[_Taint],
+        Field(
+            description="Kubernetes: taints of those nodes, as KEY=VALUE:EFFECT or KEY:EFFECT; NVIDIA's is among them"
+        ),
+    ] = []
+    runtime_class: Annotated[str | None, Field(description="Kubernetes: the RuntimeClass of engines' pods")] = None
+    priority_class: Annotated[str | None, Field(description="Kubernetes: the PriorityClass of all pods")] = None
+    pull_secrets: Annotated[
+        list[str],
+        Field(description="Kubernetes: Secrets that the image's registry asks for; may be given several times"),
+    ] = []
+    storage_class: Annotated[
+        str | None, Field(description="Kubernetes: StorageClass of the model's volume (default: the cluster's own)")
+    ] = None
+    monitor_labels: Annotated[
+        dict[str, str],
+        Field(description="Kubernetes: labels by which your Prometheus finds monitors and rules, such as release=NAME"),
+    ] = {}
+    prometheus: Annotated[Url, Field(description="Kubernetes with deploy.keda: the Prometheus that KEDA asks")] = (
+        "http://prometheus-operated.monitoring.svc:9090"
+    )
     keda: Annotated[
         bool, Field(description="Kubernetes without Ray: one server a pod, scaled by KEDA to scaling.max-replicas")
     ] = False

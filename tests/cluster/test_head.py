@@ -88,6 +88,8 @@ class Nodes:
             _MARK: self._mark(node),
             "PYTHONPATH": str(_REPOSITORY),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # several nodes on the loopback address
+            # A node that nobody keeps anything for ends when its head was away for so long; Ray waits for a minute.
+            **({} if redis else {"RAY_gcs_rpc_server_reconnect_timeout_s": "10"}),
             **({"RAY_REDIS_ADDRESS": redis, "RAY_external_storage_namespace": folder.parent.name} if redis else {}),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),

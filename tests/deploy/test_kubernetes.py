@@ -11,9 +11,11 @@ import pytest
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
+from pydantic import ValidationError
 
 from deploy.generate import FOLDER
 from synthia_vllm.cli.cluster import config_text
+from synthia_vllm.errors import SetupError
 from synthia_vllm.manifests.kubernetes.rayservice import in_pod
 from synthia_vllm.manifests.render import render
 from synthia_vllm.manifests.sizing import size
@@ -241,14 +243,111 @@ def test_a_head_that_is_lost_finds_its_cluster_again_where_redis_is_given() -> N
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "demo-cpu"])
 def test_the_job_fills_the_folder_that_the_servers_read(overlay: str) -> None:
     (job,) = of_kind(overlay, "Job")
-    (fetch,) = job["spec"]["template"]["spec"]["containers"]
-    folder = fetch["command"][fetch["command"].index("--to") + 1]
     told = (
         of_kind(overlay, "ConfigMap")[0]["data"]["settings.yaml"]
         if overlay == "keda"
         else ray_service(overlay)["spec"]["serveConfigV2"]
     )
-    assert f"model: {folder}\n" in told
+    assert f"model: {fetched_to(job)}\n" in told
+
+
+def fetched_to(job: Object) -> str:
+    (fetch,) = job["spec"]["template"]["spec"]["containers"]
+    folder: str = fetch["command"][fetch["command"].index("--to") + 1]
+    return folder
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "demo-cpu"])
+def test_no_server_starts_before_the_job_is_through(overlay: str) -> None:
+    """Ray's head neither: KubeRay submits the Serve config once it is ready, and that reads the model."""
+    (job,) = of_kind(overlay, "Job")
+    for template in templates(overlay):
+        (wait,) = template["spec"]["initContainers"]
+        assert wait["command"] == ["synthia-vllm", "deploy", "await-model", fetched_to(job)]
+        assert "/models" in {mount["mountPath"] for mount in wait["volumeMounts"]}
+
+
+def job_of(**deploy: Any) -> Object:
+    settings = load_settings(["--config", str(FOLDER / "kubernetes" / "presets" / "single-gpu.yaml")])
+    for name, value in deploy.items():
+        setattr(settings.deploy, name, value)
+    (text,) = [text for path, text in render("k8s", settings, []).items() if path.endswith("/model.yaml")]
+    (found,) = [one for one in yaml.safe_load_all(text) if one["kind"] == "Job"]
+    return found
+
+
+def test_another_image_or_model_is_another_job() -> None:
+    """The API refuses a changed template of one that is there."""
+    kinds: list[Object] = [{}, {"image": "other"}, {"model_revision": "a" * 40}, {"model_revision": "b" * 40}]
+    jobs = [job_of(**kind) for kind in kinds]
+    assert len({one["metadata"]["name"] for one in jobs}) == len(jobs)
+    assert job_of(domain="other.example") == jobs[0]
+    assert all(one["spec"]["ttlSecondsAfterFinished"] > 0 for one in jobs)
+    folders = list(map(fetched_to, jobs))
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3, "another commit is fetched beside the one that is served"
+
+
+PLACED: dict[str, Any] = {
+    "node_selector": {"pool": "l40s"},
+    "tolerations": ["team=chat:NoSchedule", "spot:PreferNoSchedule"],
+    "runtime_class": "nvidia",
+    "priority_class": "serving",
+    "pull_secrets": ["registry"],
+}
+
+
+@pytest.mark.parametrize("keda", [False, True])
+def test_pods_go_where_the_settings_say(keda: bool) -> None:
+    (found,) = rendered("server" if keda else "rayservice", deploy={**PLACED, "keda": keda, "gpus_per_node": 1})
+    if keda:
+        engine, others = found["spec"]["template"]["spec"], []
+    else:
+        groups = found["spec"]["rayClusterConfig"]
+        engine, *others = (one["template"]["spec"] for one in (*groups["workerGroupSpecs"], groups["headGroupSpec"]))
+    assert engine["nodeSelector"] == {"pool": "l40s"}
+    assert engine["runtimeClassName"] == "nvidia"
+    assert engine["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "team", "operator": "Equal", "value": "chat", "effect": "NoSchedule"},
+        {"key": "spot", "operator": "Exists", "effect": "PreferNoSchedule"},
+    ]
+    for spec in (engine, *others):
+        assert spec["imagePullSecrets"] == [{"name": "registry"}]
+        assert spec["priorityClassName"] == "serving"
+        wrapped = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": {"spec": spec}}
+        kubernetes_validate.validate(wrapped, _VERSION, strict=True)
+    for spec in others:
+        assert not {"nodeSelector", "tolerations", "runtimeClassName"} & spec.keys(), "it needs none of their nodes"
+
+
+@pytest.mark.parametrize("taint", ["", "key", "key=value", ":NoSchedule", "a b:NoSchedule", "key:Never"])
+def test_a_toleration_is_a_taint_as_kubectl_writes_it(taint: str) -> None:
+    with pytest.raises(ValidationError, match="tolerations"):
+        Settings(model="demo", deploy={"tolerations": [taint]})
+
+
+def test_a_pod_asks_for_no_more_than_its_node_leaves() -> None:
+    (found,) = rendered("rayservice", deploy={"cpus_per_node": 8, "reserved_cpus": 0.75})
+    (group,) = found["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert container["resources"]["requests"]["cpu"] == container["resources"]["limits"]["cpu"] == "7250m"
+    with pytest.raises(SetupError, match="reserved-cpus 4 does not fit --deploy"):
+        rendered("rayservice", deploy={"cpus_per_node": 4, "reserved_cpus": 4})
+
+
+def test_what_others_have_named_is_asked_for_by_name() -> None:
+    words = ["--config", str(FOLDER / "kubernetes" / "presets" / "keda.yaml")]
+    words += ["--deploy.monitor-labels", "release=stack", "--deploy.prometheus", "http://thanos.obs:10902"]
+    words += ["--deploy.storage-class", "efs"]
+    found = [one for text in render("k8s", load_settings(words), []).values() for one in yaml.safe_load_all(text)]
+    kinds = {one["kind"]: one for one in found}
+    for kind in ("ServiceMonitor", "PrometheusRule"):
+        assert kinds[kind]["metadata"]["labels"]["release"] == "stack"
+        assert kinds[kind]["metadata"]["labels"]["app.kubernetes.io/name"] == "synthia"
+    (trigger,) = kinds["ScaledObject"]["spec"]["triggers"]
+    assert trigger["metadata"]["serverAddress"] == "http://thanos.obs:10902"
+    assert kinds["PersistentVolumeClaim"]["spec"]["storageClassName"] == "efs"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

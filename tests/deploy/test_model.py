@@ -106,6 +106,31 @@ def test_a_damaged_file_is_refused_and_removed(hub: str, tmp_path: Path, monkeyp
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_a_start_waits_for_a_model_that_is_still_fetched(hub: str, tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "model"
+    words = [sys.executable, "-m", "synthia_vllm", "deploy", "await-model", str(folder)]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as waiting:
+        try:
+            assert waiting.stderr is not None
+            assert "0.00 GiB are there; waiting for SHA256SUMS" in waiting.stderr.readline()
+            assert fetch(hub, folder).returncode == 0
+            assert f"{folder} is there" in waiting.stderr.read()
+            assert waiting.wait() == 0
+        finally:
+            waiting.kill()
+
+
+def test_a_folder_is_not_whole_while_another_revision_is_fetched(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    assert fetch(hub, folder).returncode == 0
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(Hub, "damaged", True)
+    assert fetch(hub, folder).returncode == 2
+    assert not (folder / "SHA256SUMS").exists()
+
+
 def test_a_model_that_the_hub_does_not_have_is_named(hub: str, tmp_path: Path) -> None:
     done = fetch(hub, tmp_path / "model", "no/model")
     assert done.returncode == 2

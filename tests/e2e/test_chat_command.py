@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pexpect
 import pytest
 
 from tests.conftest import RunningServer
+from tests.running import until
 
 pytestmark = pytest.mark.e2e
 
@@ -23,8 +26,9 @@ def test_a_conversation_on_a_terminal(server: RunningServer, tmp_path: Path) -> 
     child.expect("You:")
     child.sendline("/system Be brief.")
     child.expect("system: Be brief")
+    before = _first_tokens(server)
     child.sendline("Tell me a very long story about whales.")
-    child.expect(r"\w+ \w+ \w+ \w+")
+    until(lambda: _first_tokens(server) > before, "the reply has begun")  # which may be of no word at all
     child.sendintr()  # stops the reply and not the program
     child.expect("You:")
     child.sendline("/save talk.json")
@@ -39,6 +43,11 @@ def test_a_conversation_on_a_terminal(server: RunningServer, tmp_path: Path) -> 
     saved = json.loads((tmp_path / "talk.json").read_text())
     assert [message["role"] for message in saved] == ["system", "user", "assistant"]
     assert saved[-1]["content"] == turn["answer"]  # which the demo model may leave empty
+
+
+def _first_tokens(server: RunningServer) -> float:
+    page = httpx.get(f"{server.url}/metrics", timeout=30).text
+    return sum(map(float, re.findall(r"^synthia_time_to_first_token_seconds_count\S* (\S+)$", page, re.MULTILINE)))
 
 
 def test_lines_of_a_pipe(server: RunningServer, tmp_path: Path) -> None:

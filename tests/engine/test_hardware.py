@@ -7,7 +7,7 @@ import pytest
 
 from synthia_vllm.engine import hardware
 from synthia_vllm.engine.arguments import EnginePlan
-from synthia_vllm.engine.hardware import CPU_BINDING, cpu_quota, physical_cores, usable_cpus, within_quota
+from synthia_vllm.engine.hardware import CPU_BINDING, cpu_quota, memory_limit, physical_cores, usable_cpus, within_quota
 
 
 def limits(folder: Path, **files: str) -> Path:
@@ -32,6 +32,22 @@ def limits(folder: Path, **files: str) -> Path:
 )
 def test_a_containers_quota_is_read(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
     assert cpu_quota(limits(tmp_path, **files)) == quota
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "limit"),
+    [
+        ("memory.max", "8589934592", 2**33),
+        ("memory.max", "max", None),
+        ("memory/memory.limit_in_bytes", "8589934592", 2**33),
+        ("memory/memory.limit_in_bytes", "9223372036854771712", None),
+        ("memory.high", "1", None),
+    ],
+)
+def test_a_containers_memory_is_read(tmp_path: Path, file: str, text: str, limit: int | None) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text + "\n")
+    assert memory_limit(tmp_path) == limit
 
 
 @pytest.fixture

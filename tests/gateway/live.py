@@ -38,12 +38,12 @@ def serving(
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     try:
         yield sock.getsockname()[1]
     finally:
         server.should_exit = server.force_exit = True
-        thread.join(10)
+        thread.join(60)
         sock.close()
 
 

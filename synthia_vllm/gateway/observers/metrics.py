@@ -60,6 +60,7 @@ class Delivery:
     _longest: float = 0.0
     _waited: bool = False
     _bound: bool = False
+    _latency_labels: tuple[str, ...] = ()
     # Once the first token is out:
     _gaps: Histogram = field(init=False)
     _gap_counts: list[int] = field(init=False)
@@ -105,7 +106,7 @@ class Delivery:
         if usage.dispatched is not None and exchange.status < 400:
             self._observe_wait()
             if exchange.outcome == "finished":
-                duration = recorder.duration.cell(self._model, self._user)
+                duration = recorder.duration.cell(*self._latency_labels)
                 duration.observe((exchange.ended or self._clock()) - exchange.arrived, exchange.request_id)
         if self._longest:
             self._gaps.exemplify(self._longest, exchange.request_id)
@@ -120,10 +121,10 @@ class Delivery:
         self._bind()
         self._first = now
         recorder = self._metrics.recorder
-        recorder.first_token.cell(self._model, self._user).observe(now - exchange.arrived, exchange.request_id)
+        recorder.first_token.cell(*self._latency_labels).observe(now - exchange.arrived, exchange.request_id)
         recorder.latencies["ttft"].observe(now - exchange.arrived)
         recorder.latencies["engine"].observe(now - (exchange.usage.dispatched or exchange.arrived))
-        self._gaps = recorder.gaps.cell(self._model, self._user)
+        self._gaps = recorder.gaps.cell(*self._latency_labels)
         self._gap_counts, self._gap_bounds = self._gaps.counts, self._gaps.bounds
         self._fine_gaps = recorder.latencies["itl"].counts
         self._observe_wait()
@@ -136,6 +137,7 @@ class Delivery:
             exchange, recorder = self._exchange, self._metrics.recorder
             self._user = recorder.user(exchange.account.user)
             self._model = recorder.model(exchange.model, answered=exchange.usage.accepted)
+            self._latency_labels = recorder.latency_labels(self._model, self._user)
 
     def _bind(self) -> None:
         if self._bound:
@@ -173,8 +175,7 @@ class Delivery:
         if not self._waited:
             self._waited = True
             recorder = self._metrics.recorder
-            cell = recorder.queue_wait.cell(self._model, self._user)
-            cell.observe(exchange.queue_wait, exchange.request_id)
+            recorder.queue_wait.cell(*self._latency_labels).observe(exchange.queue_wait, exchange.request_id)
             recorder.latencies["queue"].observe(exchange.queue_wait)
 
     def _count_result(self) -> None:

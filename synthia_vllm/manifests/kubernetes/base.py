@@ -1,5 +1,7 @@
 """What is the same for all sizes: who may speak to whom, how many may be away, the metrics, the model's volume."""
 
+import hashlib
+import json
 import math
 
 import yaml
@@ -12,6 +14,7 @@ from synthia_vllm.manifests.kubernetes.pod import Object
 from synthia_vllm.manifests.sizing import Sizing
 from synthia_vllm.settings import Settings
 
+_JOB_KEPT_S = 7 * 86_400  # its log, until it is removed
 ADMIN_KEY_SECRET = "synthia-metrics-key"
 
 
@@ -84,13 +87,13 @@ def disruption_budget(component: str, rule: dict[str, int]) -> Object:
     }
 
 
-def service_monitor() -> Object:
+def service_monitor(settings: Settings) -> Object:
     """Prometheus Operator's scrape; /metrics wants an admin's key."""
     key = {"type": "Bearer", "credentials": {"name": ADMIN_KEY_SECRET, "key": "key"}}
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "ServiceMonitor",
-        "metadata": pod.meta(pod.NAME),
+        "metadata": _found_by_prometheus(settings),
         "spec": {
             "jobLabel": "app.kubernetes.io/name",  # `synthia`: what the rules ask for, not the Service's own name
             "selector": {"matchLabels": pod.labels("metrics")},
@@ -107,71 +110,82 @@ def service_monitor() -> Object:
     }
 
 
-def prometheus_rule() -> Object:
+def prometheus_rule(settings: Settings) -> Object:
     """The rules of `deploy/prometheus`, all of them."""
     groups = [group for text in shipped("prometheus/rules").values() for group in yaml.safe_load(text)["groups"]]
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
-        "metadata": pod.meta(pod.NAME),
+        "metadata": _found_by_prometheus(settings),
         "spec": {"groups": groups},
     }
 
 
-def model_volume(sizing: Sizing) -> Object:
+def model_volume(settings: Settings, sizing: Sizing) -> Object:
     """Twice the weights, so that the next version can be fetched beside this one. Read by pods of many nodes."""
     weights = (sizing.geometry.weight_bytes if sizing.geometry else None) or 50 * GIB
+    named = settings.deploy.storage_class
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
         "metadata": pod.meta(pod.MODEL_CLAIM, "model"),
         "spec": {
             "accessModes": ["ReadWriteMany"],
+            **({"storageClassName": named} if named else {}),
             "resources": {"requests": {"storage": f"{math.ceil(2 * weights / GIB)}Gi"}},
         },
     }
 
 
 def model_job(settings: Settings, sizing: Sizing) -> Object:
-    """Fetches the model once; each file's SHA-256 is compared with what the hub says of that revision."""
-    command = ["synthia-vllm", "deploy", "fetch-model", sizing.model, "--to", pod.model_folder(sizing)]
+    """Fetches the model once; each file's SHA-256 is compared with what the hub says of that revision.
+
+    A Job's template can't be changed: what another image or model makes of it has another name.
+    """
+    command = ["synthia-vllm", "deploy", "fetch-model", sizing.model, "--to", pod.model_folder(settings, sizing)]
     small = {"cpu": "1", "memory": "2Gi"}
     mounts = [
         {"name": "models", "mountPath": pod.MODELS_FOLDER},
         {"name": "data", "mountPath": "/data"},
         {"name": "tmp", "mountPath": "/tmp"},
     ]
+    template = {
+        "metadata": {"labels": pod.labels("model")},
+        "spec": {
+            "restartPolicy": "OnFailure",
+            "automountServiceAccountToken": False,
+            "securityContext": pod.pod_security(),
+            **pod.all_pods(settings),
+            "containers": [
+                {
+                    "name": "fetch",
+                    "image": image(settings, sizing.flavour),
+                    "command": [*command, "--revision", settings.deploy.model_revision],
+                    "securityContext": pod.container_security(),
+                    "resources": {"requests": small, "limits": dict(small)},
+                    "volumeMounts": mounts,
+                }
+            ],
+            "volumes": [
+                {"name": "models", "persistentVolumeClaim": {"claimName": pod.MODEL_CLAIM}},
+                {"name": "data", "emptyDir": {}},
+                {"name": "tmp", "emptyDir": {}},
+            ],
+        },
+    }
+    version = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:8]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": pod.meta("synthia-model", "model"),
-        "spec": {
-            "backoffLimit": 4,
-            "template": {
-                "metadata": {"labels": pod.labels("model")},
-                "spec": {
-                    "restartPolicy": "OnFailure",
-                    "automountServiceAccountToken": False,
-                    "securityContext": pod.pod_security(),
-                    "containers": [
-                        {
-                            "name": "fetch",
-                            "image": image(settings, sizing.flavour),
-                            "command": [*command, "--revision", settings.deploy.model_revision],
-                            "securityContext": pod.container_security(),
-                            "resources": {"requests": small, "limits": dict(small)},
-                            "volumeMounts": mounts,
-                        }
-                    ],
-                    "volumes": [
-                        {"name": "models", "persistentVolumeClaim": {"claimName": pod.MODEL_CLAIM}},
-                        {"name": "data", "emptyDir": {}},
-                        {"name": "tmp", "emptyDir": {}},
-                    ],
-                },
-            },
-        },
+        "metadata": pod.meta(f"synthia-model-{version}", "model"),
+        "spec": {"backoffLimit": 4, "ttlSecondsAfterFinished": _JOB_KEPT_S, "template": template},
     }
+
+
+def _found_by_prometheus(settings: Settings) -> Object:
+    """A Prometheus Operator takes what has the labels that its Prometheus selects."""
+    meta = pod.meta(pod.NAME)
+    return meta | {"labels": meta["labels"] | settings.deploy.monitor_labels}
 
 
 def _policy(name: str, selector: Object, *, ingress: list[Object]) -> Object:

@@ -1,7 +1,10 @@
 """What every pod of ours has: a user without rights, a root file system that can't be written, secrets as files."""
 
+import re
 from typing import Any
 
+from synthia_vllm.errors import SetupError
+from synthia_vllm.manifests.common import image
 from synthia_vllm.manifests.sizing import Sizing
 from synthia_vllm.settings import SECRETS_VARIABLE, Settings
 
@@ -27,15 +30,23 @@ def labels(component: str | None = None) -> Object:
     return own | ({"app.kubernetes.io/component": component} if component else {})
 
 
-def model_folder(sizing: Sizing) -> str:
+def model_folder(settings: Settings, sizing: Sizing) -> str:
     """Where pods find the model: what the image has, a folder, or the volume that the Job fills."""
-    if sizing.model == "demo" or sizing.model.startswith("/"):
+    if not is_fetched(sizing):
         return sizing.model
-    return f"{MODELS_FOLDER}/{sizing.model.rpartition('/')[2]}"
+    # Each commit has a folder of its own: what is served is never written, and another one is a rollout.
+    revision = settings.deploy.model_revision
+    commit = f"-{revision[:12]}" if re.fullmatch("[0-9a-f]{7,40}", revision) else ""
+    return f"{MODELS_FOLDER}/{sizing.model.rpartition('/')[2]}{commit}"
 
 
 def needs_volume(sizing: Sizing) -> bool:
     return sizing.model != "demo"
+
+
+def is_fetched(sizing: Sizing) -> bool:
+    """Whether the Job brings the model from the hub."""
+    return needs_volume(sizing) and not sizing.model.startswith("/")
 
 
 def pod_security() -> Object:
@@ -88,13 +99,73 @@ def environment(variables: dict[str, str]) -> list[Object]:
 
 
 def resources(settings: Settings, sizing: Sizing) -> Object:
-    """A pod that engines run in has what its node gives; requests are limits, so that it is the last to be evicted."""
+    """A pod that engines run in has what its node leaves; requests are limits, so that it is the last to be evicted."""
     deploy = settings.deploy
-    memory = f"{int(deploy.memory_per_node_gib * 1024)}Mi"
-    each = {"cpu": str(deploy.cpus_per_node), "memory": memory}
+    if deploy.reserved_cpus >= deploy.cpus_per_node:
+        raise SetupError(
+            f"--deploy.reserved-cpus {deploy.reserved_cpus:g} does not fit --deploy.cpus-per-node "
+            f"{deploy.cpus_per_node}: nothing would be left for engines; lower the first"
+        )
+    cpus = round(1000 * (deploy.cpus_per_node - deploy.reserved_cpus))
+    each = {"cpu": f"{cpus}m", "memory": f"{int(deploy.memory_per_node_gib * 1024)}Mi"}
     if sizing.gpus:
         each["nvidia.com/gpu"] = str(deploy.gpus_per_node)
     return {"requests": each, "limits": dict(each)}
+
+
+def all_pods(settings: Settings) -> Object:
+    """What the pods of every kind are told of their cluster."""
+    deploy = settings.deploy
+    told: Object = {}
+    if deploy.pull_secrets:
+        told["imagePullSecrets"] = [{"name": name} for name in deploy.pull_secrets]
+    if deploy.priority_class:
+        told["priorityClassName"] = deploy.priority_class
+    return told
+
+
+def engine_pods(settings: Settings, sizing: Sizing) -> Object:
+    """And those that engines run in: which nodes they go to."""
+    deploy = settings.deploy
+    told = all_pods(settings)
+    if deploy.node_selector:
+        told["nodeSelector"] = dict(deploy.node_selector)
+    # Clouds taint the nodes that have GPUs with this one.
+    taints = [*(["nvidia.com/gpu:NoSchedule"] if sizing.gpus else []), *deploy.tolerations]
+    if taints:
+        told["tolerations"] = [_toleration(taint) for taint in dict.fromkeys(taints)]
+    if deploy.runtime_class:
+        told["runtimeClassName"] = deploy.runtime_class
+    return told
+
+
+def model_is_there(settings: Settings, sizing: Sizing) -> Object:
+    """Nothing starts before the Job is through, whichever of them Kubernetes has begun first."""
+    if not is_fetched(sizing):
+        return {}
+    small = {"cpu": "100m", "memory": "256Mi"}
+    wait = {
+        "name": "model",
+        "image": image(settings, sizing.flavour),
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["synthia-vllm", "deploy", "await-model", model_folder(settings, sizing)],
+        "securityContext": container_security(),
+        "resources": {"requests": small, "limits": dict(small)},
+        "volumeMounts": [
+            {"name": "models", "mountPath": MODELS_FOLDER, "readOnly": True},
+            {"name": "data", "mountPath": "/data"},
+            {"name": "tmp", "mountPath": "/tmp"},
+        ],
+    }
+    return {"initContainers": [wait]}
+
+
+def _toleration(taint: str) -> Object:
+    """As `kubectl taint` writes it."""
+    key, _, effect = taint.rpartition(":")
+    name, equals, value = key.partition("=")
+    matching = {"operator": "Equal", "value": value} if equals else {"operator": "Exists"}
+    return {"key": name, **matching, "effect": effect}
 
 
 def spread(selector: Object) -> list[Object]:

@@ -58,7 +58,7 @@ def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> 
 
 def in_pod(settings: Settings, sizing: Sizing) -> Settings:
     """The settings as they hold inside of the pods."""
-    return in_cluster(settings, model=pod.model_folder(sizing), gpus=sizing.gpus)
+    return in_cluster(settings, model=pod.model_folder(settings, sizing), gpus=sizing.gpus)
 
 
 def _workers(settings: Settings) -> Object:
@@ -152,7 +152,9 @@ def _template(container: Object, component: str, settings: Settings, sizing: Siz
             "automountServiceAccountToken": component == "head" and settings.scaling.max_replicas is not None,
             "terminationGracePeriodSeconds": sizing.grace_s,
             "securityContext": pod.pod_security(),
+            **(pod.all_pods(settings) if component == "head" else pod.engine_pods(settings, sizing)),
             "topologySpreadConstraints": pod.spread(selector),
+            **pod.model_is_there(settings, sizing),
             "containers": [container],
             "volumes": pod.volumes(sizing),
         },

@@ -16,14 +16,13 @@ def render_kubernetes(settings: Settings, vllm_options: list[str]) -> Files:
     overlay = f"kubernetes/overlays/{settings.deploy.name}"
     files = {
         **_folder("kubernetes/base", _base(settings)),
-        **_folder("kubernetes/components/monitoring", _monitoring(), component=True),
+        **_folder("kubernetes/components/monitoring", _monitoring(settings), component=True),
         **_folder(overlay, _servers(settings, sizing, vllm_options)),
     }
     components = ["../../components/monitoring"]
-    if pod.needs_volume(sizing) and not sizing.model.startswith("/"):
-        files |= {
-            f"{overlay}/model.yaml": to_yaml(base.model_volume(sizing), base.model_job(settings, sizing)),
-        }
+    if pod.is_fetched(sizing):
+        documents = base.model_volume(settings, sizing), base.model_job(settings, sizing)
+        files |= {f"{overlay}/model.yaml": to_yaml(*documents)}
     own = sorted(name.rpartition("/")[2] for name in files if name.startswith(f"{overlay}/"))
     kustomization = {
         "apiVersion": f"{_KUSTOMIZE}/v1beta1",
@@ -43,8 +42,11 @@ def _base(settings: Settings) -> dict[str, list[Object]]:
     }
 
 
-def _monitoring() -> dict[str, list[Object]]:
-    return {"service-monitor.yaml": [base.service_monitor()], "prometheus-rule.yaml": [base.prometheus_rule()]}
+def _monitoring(settings: Settings) -> dict[str, list[Object]]:
+    return {
+        "service-monitor.yaml": [base.service_monitor(settings)],
+        "prometheus-rule.yaml": [base.prometheus_rule(settings)],
+    }
 
 
 def _servers(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> dict[str, list[Object]]:

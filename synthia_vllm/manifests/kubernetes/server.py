@@ -63,7 +63,9 @@ def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> O
                     "automountServiceAccountToken": False,
                     "terminationGracePeriodSeconds": sizing.grace_s + _DEREGISTRATION_S,
                     "securityContext": pod.pod_security(),
+                    **pod.engine_pods(settings, sizing),
                     "topologySpreadConstraints": pod.spread(labels),
+                    **pod.model_is_there(settings, sizing),
                     "containers": [container],
                     "volumes": [*pod.volumes(sizing), {"name": "config", "configMap": {"name": CONFIG}}],
                 },
@@ -101,7 +103,7 @@ def scaled_object(settings: Settings) -> Object:
                 {
                     "type": "prometheus",
                     "metadata": {
-                        "serverAddress": "http://prometheus-operated.monitoring.svc:9090",
+                        "serverAddress": settings.deploy.prometheus,
                         "query": (
                             f'sum(synthia_requests_in_flight{{namespace="{settings.deploy.namespace}"}}) + '
                             f'sum(synthia_requests_queued{{namespace="{settings.deploy.namespace}"}})'

@@ -72,7 +72,7 @@ def test_one_gap_a_chunk_however_many_tokens_it_has() -> None:
     bench.send(exchange, 0.04, tokens=3)
     bench.send(exchange, 0.04)
     assert bench.gaps() == {0.05: 2}
-    first = bench.recorder.first_token.cell("synthia", "alice")
+    first = bench.recorder.first_token.cell("synthia")
     assert (sum(first.counts), first.sum) == (1, pytest.approx(0.04))
     assert bench.recorder.generation_tokens.cell("alice", "synthia").value == 5
 
@@ -83,7 +83,7 @@ def test_chunks_that_go_out_together_have_a_gap_and_zeros() -> None:
     bench.send(exchange, 0.04, tokens=2, chunks=2)
     bench.send(exchange, 0.04, tokens=3, chunks=3)
     assert bench.gaps() == {0.05: 1, 0.0002: 3}
-    assert bench.recorder.gaps.cell("synthia", "alice").sum == pytest.approx(0.04)
+    assert bench.recorder.gaps.cell("synthia").sum == pytest.approx(0.04)
 
 
 def test_the_live_views_latencies_are_finer_than_the_buckets() -> None:
@@ -283,8 +283,22 @@ def test_ten_thousand_users_do_not_grow_the_page() -> None:
         bench.end(exchange)
         bench.end(bench.open(f"user-{number}", status=429, accepted=False, reason="tokens_per_minute"), "rejected")
     assert size(bench) <= full + 2  # the outcomes that `other` had not met by then
-    assert size(bench) < 22_000
+    assert size(bench) < 2_600
     assert bench.recorder.generation_tokens.cell("other", "synthia").value == 2 * 9_800
+
+
+def test_latencies_are_by_user_on_request_alone() -> None:
+    for asked, labels in ((False, ("synthia",)), (True, ("synthia", "alice"))):
+        bench = Bench(user_histograms=asked)
+        exchange = bench.open()
+        bench.send(exchange, 0.1)
+        bench.send(exchange, 0.1)
+        bench.end(exchange)
+        recorder = bench.recorder
+        tables = (recorder.first_token, recorder.gaps, recorder.duration, recorder.queue_wait)
+        assert [list(table.cells) for table in tables] == [[labels]] * 4
+        page = "".join(piece for table in recorder.tables(Waiting({}, {})) for piece in table.pieces(False))
+        assert ('_bucket{model="synthia",user="alice",le="' in page) == asked
 
 
 def test_those_who_wait_beyond_the_cap_are_summed() -> None:
