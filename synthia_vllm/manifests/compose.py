@@ -15,10 +15,20 @@ _ENGINE_PORT = 8001
 _IMAGES = {
     "postgres": "postgres:17-alpine",
     "redis": "redis:7.4-alpine",
-    "prometheus": "prom/prometheus:v2.53.0",
-    "alertmanager": "prom/alertmanager:v0.27.0",
-    "grafana": "grafana/grafana:11.1.0",
+    "prometheus": "prom/prometheus:v3.5.0",
+    "alertmanager": "prom/alertmanager:v0.28.1",
+    "grafana": "grafana/grafana:12.1.0",
 }
+# What beside the engine may grow no further: a leak there is not the engine's end. Redis bounds itself below its own.
+_MEMORY = {
+    "gateway": "2g",
+    "postgres": "1g",
+    "redis": "384m",
+    "prometheus": "2g",
+    "alertmanager": "256m",
+    "grafana": "512m",
+}
+_LOGGING = {"driver": "json-file", "options": {"max-size": "20m", "max-file": "5"}}
 _SECRETS = ("access__secret", "access__database", "postgres_password", "metrics_key", "grafana_admin")
 Object = dict[str, Any]
 
@@ -40,15 +50,17 @@ def render_compose(settings: Settings, vllm_options: list[str]) -> Files:
 
 def compose(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Object:
     engine = _engine(settings, sizing, vllm_options)
+    services = {
+        "gateway": _gateway(settings, sizing),
+        "engine": engine("cpu") | {"profiles": ["cpu"]},
+        "engine-gpu": engine("cuda") | {"profiles": ["gpu"], "deploy": _gpus(sizing)},
+        **_stores(),
+        **_watching(),
+    }
+    bounds = {name: {"mem_limit": limit, "memswap_limit": limit} for name, limit in _MEMORY.items()}
     return {
         "name": "synthia",
-        "services": {
-            "gateway": _gateway(settings, sizing),
-            "engine": engine("cpu") | {"profiles": ["cpu"]},
-            "engine-gpu": engine("cuda") | {"profiles": ["gpu"], "deploy": _gpus(sizing)},
-            **_stores(),
-            **_watching(),
-        },
+        "services": {name: one | {"logging": _LOGGING} | bounds.get(name, {}) for name, one in services.items()},
         "networks": {
             "public": {},
             "engine": {"internal": True},
@@ -167,7 +179,12 @@ def _watching() -> Object:
     return {
         "prometheus": {
             "image": _IMAGES["prometheus"],
-            "command": ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"],
+            "command": [
+                "--config.file=/etc/prometheus/prometheus.yml",
+                "--storage.tsdb.path=/prometheus",
+                "--storage.tsdb.retention.time=30d",
+                "--storage.tsdb.retention.size=20GB",
+            ],
             "volumes": [
                 "./prometheus.yml:/etc/prometheus/prometheus.yml:ro",
                 "../prometheus/rules:/etc/prometheus/rules:ro",

@@ -63,6 +63,15 @@ def test_the_settings_are_ours(name: str) -> None:
     assert settings.host == "0.0.0.0"
 
 
+@pytest.mark.parametrize("name", SERVICES)
+def test_nothing_fills_the_disk_or_takes_the_engines_memory(name: str) -> None:
+    service = SERVICES[name]
+    assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+    assert ("mem_limit" in service) == (not name.startswith("engine"))
+    if name == "prometheus":
+        assert any("retention.size" in word for word in service["command"])
+
+
 def test_streams_may_finish_before_docker_kills() -> None:
     settings = load_settings(["--config", str(FOLDER / "compose" / "gateway.yaml")])
     for name in OURS:
