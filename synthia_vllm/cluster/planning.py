@@ -32,7 +32,10 @@ def plan_on_any(machines: Sequence[Machine], settings: Settings, vllm_options: S
                 f"--cluster.pipeline-parallel-size {settings.cluster.pipeline_parallel_size}: only GPUs share a model "
                 "layer by layer; leave it out, or set --cluster.accelerator gpu where GPUs will join"
             )
-        return plan_engine(settings, min(machines, key=lambda machine: machine.memory_available), options)
+        least = min(machines, key=lambda machine: machine.memory_available)
+        # Replicas compute alike: one may go on with what another has begun.
+        half_precision = all(machine.half_precision for machine in machines)
+        return plan_engine(settings, replace(least, half_precision=half_precision), options)
     asked = settings.engine.tensor_parallel_size
     for count in range(1, most) if asked is None else ():
         try:

@@ -1,6 +1,7 @@
 """What this machine has, found without importing torch."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,12 +30,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """CPUs that this process is to use, memory in bytes, GPUs."""
+    """CPUs that this process is to use, memory in bytes, GPUs.
+
+    half_precision  its CPUs compute with 16-bit numbers about as fast as with 32-bit ones
+    """
 
     cpus: int
     memory_total: int
     memory_available: int
     gpus: tuple[Gpu, ...]
+    half_precision: bool = True
 
 
 def inspect_machine() -> Machine:
@@ -47,7 +52,17 @@ def inspect_machine() -> Machine:
         memory_total=total,
         memory_available=min(memory.available, total, _node_available() or total),
         gpus=_gpus(),
+        half_precision=computes_in_half_precision(),
     )
+
+
+def computes_in_half_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether oneDNN multiplies matrices of bfloat16 without taking them apart first: on x86 from AVX-512 on."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return True
+    return flags is None or "avx512f" in flags[1].split()
 
 
 def usable_cpus(process: int = 0) -> set[int]:

@@ -126,8 +126,10 @@ def _geometry(model: str, config: dict[str, Any], weights: int | None, dtype: st
         raise SetupError(f"--model {model}: architecture {architectures or 'unknown'} is not a Llama architecture")
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or config["hidden_size"] // heads
-    name = dtype if dtype != "auto" else str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    size = _DTYPE_BYTES.get(name.removeprefix("torch."), 2)
+    own = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    size, own_size = (_DTYPE_BYTES.get(name, 2) for name in (own if dtype == "auto" else dtype, own))
+    if weights and "quantization_config" not in config:
+        weights = weights * size // own_size
     kv_heads = config.get("num_key_value_heads") or heads
     return Geometry(
         context=config["max_position_embeddings"],

@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from multiprocessing.forkserver import get_inherited_fds
 from multiprocessing.process import BaseProcess
 
-from synthia_vllm.engine import token_masks
+from synthia_vllm.engine import spinning, token_masks
 
 # Not SYNTHIA_ENGINE: that is the settings' section of this name, also to a replica that reads them in the same process.
 ENGINE_VARIABLE = "SYNTHIA_ENGINE_PROCESS"
@@ -20,7 +20,7 @@ def register() -> None:
     """Puts right what vLLM's batch mixes up between users, and ties the engine's processes to the server alone.
 
     For engines that we started: the former in each of their processes (`token_masks`), those on other nodes included,
-    which are Ray's; the latter in those that have a parent.
+    which are Ray's; the latter in those that have a parent. On a CPU they sleep soon when nothing comes (`spinning`).
 
     Out of the terminal's process group: Ctrl-C reaches every process of the group at once, and vLLM's workers then end
     in the middle of running requests (`v1/executor/multiproc_executor.py`, `signal_handler`). Only the server may
@@ -32,11 +32,19 @@ def register() -> None:
     if not os.environ.get(ENGINE_VARIABLE):
         return
     token_masks.install()
+    if _on_a_cpu():
+        spinning.install()
     parent = multiprocessing.parent_process()
     if parent is None or os.getpgrp() == os.getpid():
         return
     os.setpgid(0, 0)
     threading.Thread(target=_end_with, args=(parent,), name="synthia-end-with-parent", daemon=True).start()
+
+
+def _on_a_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _end_with(parent: BaseProcess) -> None:

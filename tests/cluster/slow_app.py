@@ -1,6 +1,7 @@
 """A Serve application that takes one request at a time and tells how many it ever had at once."""
 
 import asyncio
+import logging
 
 from ray import serve
 from starlette.requests import Request
@@ -12,6 +13,7 @@ class Slow:
         self.running = self.most = 0
 
     async def __call__(self, request: Request) -> int:
+        logging.getLogger("slow_app").warning("asked for %s s", request.query_params["seconds"])
         self.running += 1
         self.most = max(self.most, self.running)
         await asyncio.sleep(float(request.query_params["seconds"]))

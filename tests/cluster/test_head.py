@@ -16,6 +16,7 @@ from synthia_vllm.cluster.config import ray_environment
 from synthia_vllm.cluster.rest import ServeApi
 from synthia_vllm.errors import SetupError
 from synthia_vllm.free_ports import free_ports
+from synthia_vllm.manifests.kubernetes.rayservice import TO_THE_CONTAINERS_OUTPUT
 from synthia_vllm.settings import DeploySettings, Settings
 from tests.redis_service import RedisServer
 from tests.running import kill_all, until
@@ -59,6 +60,10 @@ class Nodes:
     def kill(self, node: str) -> None:
         kill_all(self.processes(node))
 
+    def output(self, node: str) -> Path:
+        """What the node's processes have said: in a pod, the container's output."""
+        return self._folder / f"{node}.txt"
+
     def replicas(self) -> list[int]:
         """Process ids of the application's replicas that run; none while nobody tells."""
         try:
@@ -84,6 +89,7 @@ class Nodes:
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SYNTHIA_"))},
             **ray_environment(settings),
+            **TO_THE_CONTAINERS_OUTPUT,  # as in a pod
             "RAY_AUTH_MODE": "disabled",  # else by whether this user has a token of another cluster
             _MARK: self._mark(node),
             "PYTHONPATH": str(_REPOSITORY),
@@ -110,10 +116,11 @@ class Nodes:
         ]
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={80 * 2**20}"]
         command += [f"--dashboard-agent-listen-port={self._others[8 + number]}", "--include-log-monitor=false"]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False, start_new_session=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        with self.output(node).open("a") as output:
+            done = subprocess.run(
+                command, env=environment, stdout=output, stderr=output, timeout=120, check=False, start_new_session=True
+            )
+        assert done.returncode == 0, self.output(node).read_text()
 
 
 @pytest.fixture
@@ -133,6 +140,7 @@ def nodes(redis_server: RedisServer, request: pytest.FixtureRequest) -> Iterator
 
 def test_a_head_that_is_lost_finds_its_replicas_again(nodes: Nodes) -> None:
     pid = _deployed(nodes)
+    until(lambda: "asked for 0 s" in nodes.output("staying").read_text(), "what a replica logs is told by its node")
     nodes.kill("head")
     assert _serves(pid), "its node has nobody to ask, and needs nobody"
     nodes.start_head()

@@ -20,7 +20,7 @@ def build(folder: Path) -> list[Object]:
     objects: list[Object] = []
     for name in [*kustomization["resources"], *kustomization.get("components", ())]:
         path = (folder / name).resolve()
-        objects += build(path) if path.is_dir() else list(yaml.safe_load_all(path.read_text()))
+        objects += build(path) if path.is_dir() else list(yaml.load_all(path.read_text(), yaml.CSafeLoader))
     if namespace := kustomization.get("namespace"):
         for one in objects:
             one["metadata"]["namespace"] = namespace

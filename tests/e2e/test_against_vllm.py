@@ -22,7 +22,7 @@ from tests.conftest import RunningServer
 
 pytestmark = pytest.mark.e2e
 
-EXAMPLES = int(os.environ.get("SYNTHIA_ORACLE_EXAMPLES", "160"))  # of each route
+EXAMPLES = int(os.environ.get("SYNTHIA_ORACLE_EXAMPLES", "60"))  # of each route
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 quick = settings(
     max_examples=EXAMPLES,

@@ -22,7 +22,7 @@ from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.settings import AccessSettings, Settings
 from tests.gateway.live import serving
 
-EXAMPLES = int(os.environ.get("SYNTHIA_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("SYNTHIA_FUZZ_EXAMPLES", "25"))
 quick = settings(
     max_examples=EXAMPLES,
     deadline=None,

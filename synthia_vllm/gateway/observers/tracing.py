@@ -18,6 +18,13 @@ from synthia_vllm.settings import TracingSettings
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/v1/completions": "text_completion",
+}
+
 
 class Tracing(Observer):
     """An observer that makes the spans of this process. Its provider is its own: vLLM sets the global one."""
@@ -121,6 +128,7 @@ class Trace:
         self._server.set_attributes(
             {
                 "enduser.id": exchange.account.user,
+                **_operation(exchange.route_name),
                 "gen_ai.request.model": exchange.model,
                 "gen_ai.usage.input_tokens": usage.billed_prompt,
                 "gen_ai.usage.output_tokens": usage.billed_generated,
@@ -142,6 +150,12 @@ class Trace:
     def _unix(self, moment: float) -> int:
         """Nanoseconds of Unix time for one of the exchange's times."""
         return int((self._exchange.arrived_at + moment - self._exchange.arrived) * 1e9)
+
+
+def _operation(route: str) -> dict[str, str]:
+    """As OpenTelemetry's semantic conventions for generative AI name what was asked; nothing of other routes."""
+    operation = _OPERATIONS.get(route)
+    return {"gen_ai.operation.name": operation, "gen_ai.provider.name": "vllm"} if operation else {}
 
 
 def check_tracing(settings: TracingSettings) -> None:

@@ -121,6 +121,22 @@ def prometheus_rule(settings: Settings) -> Object:
     }
 
 
+def dashboards() -> list[Object]:
+    """The dashboards of `deploy/grafana`, where the sidecar of Grafana's chart looks for such."""
+    meta = {name.rpartition("/")[2]: text for name, text in shipped("grafana/dashboards").items()}
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": pod.meta(f"{name.removesuffix('.json')}-dashboard")
+            | {"labels": pod.labels() | {"grafana_dashboard": "1"}},
+            "data": {name: text},
+        }
+        for name, text in meta.items()
+        if name.endswith(".json")
+    ]
+
+
 def model_volume(settings: Settings, sizing: Sizing) -> Object:
     """Twice the weights, so that the next version can be fetched beside this one. Read by pods of many nodes."""
     weights = (sizing.geometry.weight_bytes if sizing.geometry else None) or 50 * GIB

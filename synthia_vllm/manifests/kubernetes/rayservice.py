@@ -13,6 +13,8 @@ from synthia_vllm.settings import Settings
 
 SERVE_LABEL = {"ray.io/cluster-owner": "synthia"}
 GCS_PASSWORD = "gcs_redis"  # in the Secret of all other secrets; none where Redis asks for none
+# Else all that Ray's processes say, our request log too, is in files that go with the pod.
+TO_THE_CONTAINERS_OUTPUT = {"RAY_LOG_TO_STDERR": "1", "RAY_SERVE_LOG_TO_STDERR": "1"}
 _AGENT_PORT = 52365  # Ray's agent, which knows whether this node's raylet lives
 _STORE = {"object-store-memory": str(128 * 2**20)}  # nothing large goes through Ray; /dev/shm is for vLLM's workers
 _START_S = 1800  # weights come from a volume and are compiled for
@@ -137,7 +139,7 @@ def _container(name: str, settings: Settings, sizing: Sizing) -> Object:
         "name": name,
         "image": image(settings, sizing.flavour),
         "imagePullPolicy": "IfNotPresent",
-        "env": pod.environment(ray_environment(settings) | {"HF_HUB_OFFLINE": "1"}),
+        "env": pod.environment(ray_environment(settings) | TO_THE_CONTAINERS_OUTPUT | {"HF_HUB_OFFLINE": "1"}),
         "securityContext": pod.container_security(),
         "volumeMounts": pod.mounts(sizing),
     }

@@ -46,6 +46,7 @@ def _monitoring(settings: Settings) -> dict[str, list[Object]]:
     return {
         "service-monitor.yaml": [base.service_monitor(settings)],
         "prometheus-rule.yaml": [base.prometheus_rule(settings)],
+        "dashboards.yaml": base.dashboards(),
     }
 
 

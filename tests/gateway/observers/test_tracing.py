@@ -90,6 +90,8 @@ async def test_one_trace_from_the_client_to_the_engine(collector: Callable[..., 
     assert engine.headers[0]["traceparent"] == f"00-{TRACE}-{found['engine'].span_id.hex()}-01"
     values = {pair.key: pair.value for pair in server.attributes}
     assert values["gen_ai.usage.output_tokens"].int_value == 4
+    assert values["gen_ai.operation.name"].string_value == "text_completion"
+    assert values["gen_ai.provider.name"].string_value == "vllm"
     assert values["synthia.outcome"].string_value == "finished"
     assert server.start_time_unix_nano <= found["engine"].start_time_unix_nano
     assert [event.name for event in server.events] == ["first_token"]
