@@ -20,7 +20,7 @@ from synthia_vllm.bench import rounds as interleaved
 from synthia_vllm.bench.machine import machine
 from synthia_vllm.bench.processes import running
 
-_SERVE = [sys.executable, "-m", "synthia_vllm", "serve", "--log-file", "-"]
+SERVE = [sys.executable, "-m", "synthia_vllm", "serve", "--log-file", "-"]
 _FORK = {"forked": "true", "spawned": "false"}
 _TOKENS = 64
 _SECONDS = 10
@@ -39,10 +39,12 @@ def main(rounds: int, output: Path) -> None:
             for name in interleaved.in_turn(list(_FORK), number):
                 began = time.monotonic()
                 environment = {"SYNTHIA_ENGINE__FORK": _FORK[name]}
-                with running(name, _SERVE, environment, Path(folder), health="/ready") as server:
-                    asyncio.run(_tokens(server.url, 1, 0))
+                with running(name, SERVE, environment, Path(folder), health="/ready") as server:
+                    asyncio.run(tokens_per_second(server.url, 1, 0))
                     took = time.monotonic() - began
-                    figures = {streams: asyncio.run(_tokens(server.url, streams, _SECONDS)) for streams in (1, 64)}
+                    figures = {
+                        streams: asyncio.run(tokens_per_second(server.url, streams, _SECONDS)) for streams in (1, 64)
+                    }
                 interleaved.add(results, "seconds to the first token", name, took)
                 for streams, speed in figures.items():
                     interleaved.add(results, f"tokens/s, streams: {streams}", name, speed)
@@ -50,7 +52,7 @@ def main(rounds: int, output: Path) -> None:
             interleaved.write(interleaved.report(machine(), results, pairs, rounds=number + 1), output, console)
 
 
-async def _tokens(url: str, streams: int, seconds: float) -> float:
+async def tokens_per_second(url: str, streams: int, seconds: float) -> float:
     """Tokens a second of so many clients, each of which asks anew until the time is over; at least once."""
     until, made, began = time.monotonic() + seconds, 0, time.monotonic()
     body = {"model": "synthia", "prompt": "Tell me", "ignore_eos": True, "max_tokens": _TOKENS if seconds else 1}
