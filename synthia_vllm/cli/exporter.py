@@ -73,7 +73,7 @@ async def _keys(settings: Settings, needed: bool) -> "AsyncIterator[Lookup]":
         yield nobody
         return
     database = open_database(reveal(settings.access.database))
-    keys = KeyCache(KeyStore(database, load_secret(settings)))
+    keys = KeyCache(KeyStore(database, load_secret(settings)), answer_s=settings.timeouts.database)
     watch = supervise("key_watch", keys.watch)
     try:
         yield keys.lookup

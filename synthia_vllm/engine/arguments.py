@@ -163,8 +163,8 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (),
 def _dtype(settings: Settings, model: str, name: str, machine: Machine, extra: Sequence[str]) -> str:
     """float32 on a CPU that takes 16-bit numbers apart before it computes, where a model in it fits; else as asked.
 
-    Measured with the demo model on two cores with AVX2: 185 against 46 tokens a second with 64 streams, 63 against 37
-    with 8, the same with one (`benchmarks/results/cpu_dtype.json`).
+    Measured with the demo model on two cores with AVX2: about three times the tokens a second with 64 streams, and more
+    with 8; one stream alone is slower, since it waits for memory (`benchmarks/results/cpu_dtype.json`).
     """
     asked = settings.engine.dtype
     if asked != "auto" or machine.gpus or machine.half_precision:

@@ -119,7 +119,7 @@ class Gateway:
         self.engine = engine
         secret = load_secret(settings)
         self.keys = KeyStore(database, secret)
-        self.key_cache = KeyCache(self.keys)
+        self.key_cache = KeyCache(self.keys, answer_s=settings.timeouts.database)
         self.ledger = Ledger(database)
         self.limiter = _limiter(settings, self._spent)
         self.default_limits = UserLimits.of(settings.limits)
@@ -260,10 +260,10 @@ class Gateway:
 
 def _limiter(settings: Settings, spent: Any) -> Limiter:
     SHARED_UP.set(1)
-    limits = settings.limits
+    limits, answer_s = settings.limits, settings.timeouts.database
     if limits.redis is None:
-        return MemoryLimiter(spent=spent, on_loss=limits.on_loss)
+        return MemoryLimiter(spent=spent, on_loss=limits.on_loss, answer_s=answer_s)
     try:
-        return SharedLimiter(limits.redis.get_secret_value(), on_loss=limits.on_loss, spent=spent)
+        return SharedLimiter(limits.redis.get_secret_value(), on_loss=limits.on_loss, spent=spent, answer_s=answer_s)
     except ValueError:  # its text may hold a part of the password
         raise SetupError(f"--limits.redis: {REDIS_FORM}") from None

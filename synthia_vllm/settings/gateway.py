@@ -126,6 +126,9 @@ class TimeoutSettings(BaseModel):
     body: Annotated[PositiveFloat, Field(description="without another byte of the body")] = 20.0
     write: Annotated[PositiveFloat, Field(description="without a client taking any of its reply")] = 60.0
     idle: Annotated[PositiveFloat, Field(description="between two requests on a connection")] = 30.0
+    database: Annotated[
+        PositiveFloat, Field(description="for the database to tell of a key, or of what a month has cost")
+    ] = 3.0
     upstream_connect: Annotated[PositiveFloat, Field(description="to connect to an upstream")] = 5.0
     upstream_read: Annotated[
         PositiveFloat, Field(description="without another byte from an upstream that is no vLLM; of vLLM, see replicas")

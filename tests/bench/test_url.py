@@ -84,11 +84,13 @@ async def test_a_server_that_overlooks_ignore_eos_is_not_blamed_for_short_replie
 
 
 @pytest.mark.parametrize(
-    "engine",
-    [NullEngine, lambda: Foreign(refuses=OPTIONAL), lambda: Foreign(overlooks=("ignore_eos",), reply_tokens=5)],
-    ids=["vllm", "strict", "overlooks"],
+    ("engine", "words"),
+    [
+        pytest.param(NullEngine, ("--price-per-hour", "3.6"), id="vllm"),
+        pytest.param(lambda: Foreign(refuses=OPTIONAL), ("--completions",), id="strict"),
+        pytest.param(lambda: Foreign(overlooks=("ignore_eos",), reply_tokens=5), (), id="overlooks"),
+    ],
 )
-@pytest.mark.parametrize("words", [(), ("--completions",), ("--price-per-hour", "3.6")])
 def test_it_sweeps_and_writes_all_three(
     engine: Callable[[], NullEngine], words: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """One replica's plan, and whether the replicas have room."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ def test_a_replica_takes_as_few_gpus_as_the_model_fits(tmp_path: Path) -> None:
     assert parallel(plan_replica(settings(tmp_path), gpus(4), ()).arguments) == "1"
     asked = settings(tmp_path, engine={"tensor_parallel_size": 2})
     assert parallel(plan_replica(asked, gpus(4), ()).arguments) == "2"
+
+
+def test_replicas_of_different_cpus_compute_alike(tmp_path: Path) -> None:
+    """One goes on with what another has begun."""
+    old, new = replace(machine(32), half_precision=False), machine(16)
+    for machines in ([old, new], [new, old], [old]):
+        arguments = plan_on_any(machines, settings(tmp_path), ()).arguments
+        assert arguments[arguments.index("--dtype") + 1] == "float32"
 
 
 def test_one_gpu_holds_one_replica(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,34 @@ def test_a_cpu_gets_eager_mode_and_its_tuning(tmp_path: Path, monkeypatch: pytes
     assert "libiomp5" in plan.environment["LD_PRELOAD"]
     assert plan.environment["KMP_USE_YIELD"] == "0"
     assert "--enforce-eager" not in plan_engine(settings(tmp_path, engine={"compile": True}), machine(24)).arguments
+
+
+def dtype(folder: Path, memory_gib: float, *extra: str, half_precision: bool = False, **groups: Any) -> str:
+    """What `serve` takes on a CPU; without half_precision on one that has no fast 16-bit numbers."""
+    where = replace(machine(memory_gib), half_precision=half_precision)
+    arguments = plan_engine(settings(folder, **groups), where, extra).arguments
+    return arguments[arguments.index("--dtype") + 1]
+
+
+def test_a_cpu_without_fast_16_bit_numbers_computes_in_float32(tmp_path: Path) -> None:
+    assert dtype(tmp_path, 24) == "float32"
+    assert dtype(tmp_path, 24, half_precision=True) == "auto"
+    assert dtype(tmp_path, 24, engine={"dtype": "bfloat16"}) == "bfloat16", "what is asked for holds"
+    assert dtype(tmp_path, 24, "--dtype", "bfloat16") == "auto", "and what vLLM itself is told"
+    assert dtype(tmp_path, 24, "--quantization=fp8") == "auto"
+
+
+def test_float32_is_not_taken_where_the_model_fits_in_16_bits_alone(tmp_path: Path) -> None:
+    whole = 4096 * 384 / 2**20 + 2  # GiB: one context in float32, and the engine's own
+    assert dtype(tmp_path, whole + 0.1) == "float32"
+    assert dtype(tmp_path, whole - 0.1) == "auto"
+    assert dtype(tmp_path, 24, engine={"kv_cache_gib": 1.0}) == "auto", "a context in float32 takes one and a half"
+
+
+def test_a_quantized_model_keeps_its_own_types(tmp_path: Path) -> None:
+    write_model(tmp_path, quantization_config={"quant_method": "compressed-tensors"})
+    arguments = plan_engine(Settings(model=str(tmp_path)), replace(machine(24), half_precision=False)).arguments
+    assert arguments[arguments.index("--dtype") + 1] == "auto"
 
 
 def test_an_openmp_that_is_preloaded_is_the_only_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

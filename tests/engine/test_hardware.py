@@ -7,7 +7,15 @@ import pytest
 
 from synthia_vllm.engine import hardware
 from synthia_vllm.engine.arguments import EnginePlan
-from synthia_vllm.engine.hardware import CPU_BINDING, cpu_quota, memory_limit, physical_cores, usable_cpus, within_quota
+from synthia_vllm.engine.hardware import (
+    CPU_BINDING,
+    computes_in_half_precision,
+    cpu_quota,
+    memory_limit,
+    physical_cores,
+    usable_cpus,
+    within_quota,
+)
 
 
 def limits(folder: Path, **files: str) -> Path:
@@ -48,6 +56,20 @@ def test_a_containers_memory_is_read(tmp_path: Path, file: str, text: str, limit
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text + "\n")
     assert memory_limit(tmp_path) == limit
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "fast"),
+    [
+        ("flags\t\t: fpu sse2 avx2 fma\n", False),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", True),
+        ("flags\t\t: fpu avx512fp16x\n", False),
+        ("Features\t: fp asimd bf16\n", True),  # not x86
+    ],
+)
+def test_whether_16_bit_numbers_are_fast_is_in_the_cpus_flags(tmp_path: Path, cpuinfo: str, fast: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{cpuinfo}")
+    assert computes_in_half_precision(tmp_path / "cpuinfo") == fast
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_synthias_kv_cache_takes_192_kib_a_token(tmp_path: Path) -> None:
     assert (geometry.kv_bytes_per_token, geometry.weight_bytes) == (192 * 1024, 1000)
     doubled = read_geometry(str(tmp_path), "float32")
     assert doubled is not None
-    assert doubled.kv_bytes_per_token == 384 * 1024
+    assert (doubled.kv_bytes_per_token, doubled.weight_bytes) == (384 * 1024, 2000)
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:

@@ -63,7 +63,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     """URL, and the keys of a user and of an admin."""
     url = f"sqlite:///{tmp_path_factory.mktemp('fuzz') / 'fuzz.db'}"
     access = AccessSettings(mode="keys", database=url, secret="fuzz")  # type: ignore[arg-type]
-    gateway = Gateway(NullEnginePort(context=256, reply_tokens=5), Settings(access=access, log={"requests": False}))  # type: ignore[arg-type]
+    gateway = Gateway(
+        NullEnginePort(context=256, reply_tokens=5),
+        Settings(access=access, timeouts={"database": 60}, log={"requests": False}),
+    )  # type: ignore[arg-type]
     keys = {name: gateway.keys.create(name, admin=name == "admin")[1] for name in ("user", "admin")}
     with serving(gateway.app, beside=gateway) as port:
         yield f"http://127.0.0.1:{port}", keys

@@ -11,7 +11,6 @@ from synthia_vllm.gateway.limits.base import OnLoss
 from synthia_vllm.metrics.limits import FALLBACKS
 
 Spent = Callable[[str, float], int]
-_ANSWER_S = 3.0  # a database that takes longer counts as lost
 _PAUSE_S = 5.0  # while it is lost, it is asked no more often
 
 _log = structlog.get_logger(__name__)
@@ -20,11 +19,21 @@ _log = structlog.get_logger(__name__)
 class Billed:
     """Where a month's counter starts. While the database is gone: `closed` raises Overloaded (503), `local` is None.
 
+    A database that takes longer than `answer_s` counts as gone.
+
     None lets a request pass this limit, once: the next one asks again.
     """
 
-    def __init__(self, spent: Spent | None, on_loss: OnLoss, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        spent: Spent | None,
+        on_loss: OnLoss,
+        *,
+        answer_s: float = 3.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._spent = spent
+        self._answer_s = answer_s
         self._on_loss = on_loss
         self._clock = clock
         self._lost: float | None = None  # when it did not answer
@@ -36,7 +45,7 @@ class Billed:
         if self._lost is None or self._clock() - self._lost >= _PAUSE_S:
             told, self._lost = self._lost is not None, self._clock()  # the others don't wait for what this one finds
             try:
-                async with asyncio.timeout(_ANSWER_S):
+                async with asyncio.timeout(self._answer_s):
                     spent = await asyncio.to_thread(self._spent, user, start)
             except (
                 Exception

@@ -48,10 +48,11 @@ class MemoryLimiter:
         *,
         spent: Spent | None = None,
         on_loss: OnLoss = "local",
+        answer_s: float = 3.0,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._billed = Billed(spent, on_loss)
+        self._billed = Billed(spent, on_loss, answer_s=answer_s)
         self._clock = clock
         self._wall = wall
         self._users: dict[str, _User] = {}

@@ -47,6 +47,7 @@ class SharedLimiter:
         *,
         on_loss: OnLoss = "local",
         spent: Spent | None = None,
+        answer_s: float = 3.0,
         lease: float = LEASE_S,
         timeout: float = _TIMEOUT_S,
         clock: Callable[[], float] | None = None,
@@ -58,7 +59,7 @@ class SharedLimiter:
         )
         self._script = self._redis.register_script(files(__package__).joinpath("limits.lua").read_text())
         self._on_loss = on_loss
-        self._billed = Billed(spent, on_loss)
+        self._billed = Billed(spent, on_loss, answer_s=answer_s)
         self._lease = lease
         self._clock = clock  # None: Redis' own; tests set one
         self._monotonic = monotonic or clock or time.monotonic

@@ -16,7 +16,6 @@ from synthia_vllm.gateway.store.threads import DaemonThreads
 _POLL_S = 1.0
 _MOST = 10_000  # known and unknown keys that are remembered
 BLIND_S = 60.0  # without its database, or its watch, a gateway goes on for so long with the keys that it knows
-_ANSWER_S = 3.0  # a database that takes longer counts as lost
 
 _log = structlog.get_logger(__name__)
 
@@ -24,11 +23,12 @@ _log = structlog.get_logger(__name__)
 class KeyCache:
     """Looks keys up by their digest: known and unknown ones alike cost one HMAC and one look into a dictionary.
 
-    Raises Overloaded (503) where the database must be asked and does not answer.
+    Raises Overloaded (503) where the database must be asked and does not answer within so many seconds.
     """
 
-    def __init__(self, store: KeyStore, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: KeyStore, *, answer_s: float = 3.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._store = store
+        self._answer_s = answer_s
         self._clock = clock
         self._known: OrderedDict[str, Account | None] = OrderedDict()
         self._revision: int | None = None
@@ -71,7 +71,7 @@ class KeyCache:
         revision = self._revision
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(self._answer_s):
                 account = await loop.run_in_executor(self._pool, self._store.find, presented)
         except (SQLAlchemyError, TimeoutError, RuntimeError):  # a RuntimeError: no thread can be started
             raise Overloaded("keys can't be looked up now", 5.0) from None
@@ -84,7 +84,7 @@ class KeyCache:
     async def _poll(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(self._answer_s):
                 revision = await loop.run_in_executor(self._watcher, self._store.revision)
         except (SQLAlchemyError, TimeoutError) as error:
             if self._revision is not None:

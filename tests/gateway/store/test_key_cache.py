@@ -101,6 +101,23 @@ async def test_revoking_is_seen_by_another_cache(url: str, store: KeyStore) -> N
     other.dispose()
 
 
+async def test_a_database_that_takes_too_long_is_an_error_of_ours(store: KeyStore) -> None:
+    class Slow(KeyStore):
+        def find(self, presented: str) -> Account | None:
+            time.sleep(0.5)
+            return super().find(presented)
+
+    _, key = store.create("alice")
+    hasty, patient = (KeyCache(Slow(store.engine, SECRET), answer_s=seconds) for seconds in (0.05, 60.0))
+    with pytest.raises(Overloaded, match="can't be looked up now"):
+        await hasty.lookup(key)
+    account = await patient.lookup(key)
+    assert account is not None
+    assert account.user == "alice"
+    for cache in (hasty, patient):
+        cache.close()
+
+
 async def test_a_change_of_the_user_is_seen_too(store: KeyStore) -> None:
     _, key = store.create("alice")
     async with watching(KeyCache(store)) as cache:
