@@ -126,7 +126,7 @@ def _watching(name: str, words: list[str], own: Path, place: Place) -> list[str]
     (own / file).write_text(config)
     here = {f"/etc/{name}/{file}": own / file, "/prometheus": own / "data", "/tmp": own / "data"}
     options = (word.split("=", 1) for word in words)
-    words = [f"{option}={here[inside]}" for option, inside in options]
+    words = [f"{option}={here.get(value, value)}" for option, value in options]
     more = [f"--web.listen-address=127.0.0.1:{place.ports[name]}"]
     return words + more + (["--cluster.listen-address="] if name == "alertmanager" else [])
 
