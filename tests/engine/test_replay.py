@@ -279,7 +279,7 @@ def test_no_sampling_hinders_a_forced_token(engine: Engine, sampling: dict[str, 
 def test_preempted_and_chunked_replays_arrive_too(engine: Engine) -> None:
     """Prompts longer than a step, and more of them than the cache holds, beside others that don't replay."""
     prompt = PROMPT.replace("the moon", "the moon " * 60)
-    kinds = [{"temperature": 0.9, "seed": seed, "ignore_eos": True, "max_tokens": 140} for seed in range(5)]
+    kinds = [{"temperature": 0.9, "seed": seed, "ignore_eos": True, "max_tokens": 200} for seed in range(6)]
     whole = [list(engine.generate(prompt, kind)[0].token_ids) for kind in kinds]
     before = engine.preemptions()
     replays: list[dict[str, Any]] = [
