@@ -13,7 +13,14 @@ from synthia_vllm.engine import fork_server
 from synthia_vllm.engine.demo import NAME as DEMO_NAME
 from synthia_vllm.engine.demo import demo_model
 from synthia_vllm.engine.hardware import CPU_BINDING, Machine, preload_libraries, usable_cpus
-from synthia_vllm.engine.memory import check_gpu_memory, choose_kv_bytes, read_config, read_geometry
+from synthia_vllm.engine.memory import (
+    Geometry,
+    check_gpu_memory,
+    choose_kv_bytes,
+    in_float32,
+    read_config,
+    read_geometry,
+)
 from synthia_vllm.engine.plugin import ENGINE_VARIABLE
 from synthia_vllm.engine.profiles import Profile, choose_profile
 from synthia_vllm.errors import SetupError
@@ -100,7 +107,7 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (),
     """
     _refuse_servers_options(extra)
     model, name = find_model(settings.model or default_model(machine))
-    dtype = _dtype(settings, model, name, machine, extra)
+    dtype, geometry = _dtype(settings, model, name, machine, extra)
     arguments = [
         *("--model", model),
         *("--served-model-name", name, *MODEL_ALIASES),
@@ -132,7 +139,6 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (),
     if settings.tracing.otlp_endpoint:
         arguments += ["--otlp-traces-endpoint", settings.tracing.otlp_endpoint]
         environment["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = settings.tracing.protocol
-    geometry = read_geometry(model, dtype)
     profile = choose_profile(settings.engine.profile, machine, read_config(model))
     if geometry:
         context = settings.engine.max_model_len or geometry.context
@@ -160,27 +166,33 @@ def plan_engine(settings: Settings, machine: Machine, extra: Sequence[str] = (),
     return EnginePlan(model, name, [*arguments, *taken, *extra], environment, told, fork)
 
 
-def _dtype(settings: Settings, model: str, name: str, machine: Machine, extra: Sequence[str]) -> str:
-    """float32 on a CPU that takes 16-bit numbers apart before it computes, where a model in it fits; else as asked.
+def _dtype(
+    settings: Settings, model: str, name: str, machine: Machine, extra: Sequence[str]
+) -> tuple[str, Geometry | None]:
+    """What the engine computes in, and the model's sizes in that.
+
+    float32 on a CPU that takes 16-bit numbers apart before it computes, where a model in it fits; else as asked.
 
     Measured with the demo model on two cores with AVX2: about three times the tokens a second with 64 streams, and more
     with 8; one stream alone is slower, since it waits for memory (`benchmarks/results/cpu_dtype.json`).
     """
     asked = settings.engine.dtype
-    if asked != "auto" or machine.gpus or machine.half_precision:
-        return asked
-    config = read_config(model) or {}
-    if "quantization_config" in config or any(word.startswith(("--dtype", "--quantization")) for word in extra):
-        return asked
-    geometry = read_geometry(model, "float32")
-    if geometry is None or geometry.weight_bytes is None:
-        return asked
+    geometry = read_geometry(model, asked)
+    told = any(word.startswith(("--dtype", "--quantization")) for word in extra)
+    if geometry is None or asked != "auto" or machine.gpus or machine.half_precision or told:
+        return asked, geometry
+    config = read_config(model) or {}  # where a hub's is, once its sizes are known
+    if "quantization_config" in config or geometry.weight_bytes is None:
+        return asked, geometry
+    if str(config.get("dtype") or config.get("torch_dtype")).endswith("float32"):
+        return asked, geometry
+    doubled = in_float32(geometry)
     try:
-        context = settings.engine.max_model_len or geometry.context
-        choose_kv_bytes(geometry, context, machine, settings.engine.kv_cache_gib, demo=name == DEMO_NAME)
+        context = settings.engine.max_model_len or doubled.context
+        choose_kv_bytes(doubled, context, machine, settings.engine.kv_cache_gib, demo=name == DEMO_NAME)
     except SetupError:
-        return asked
-    return "float32"
+        return asked, geometry
+    return "float32", doubled
 
 
 def _fork(settings: Settings, name: str, environment: Mapping[str, str]) -> bool:

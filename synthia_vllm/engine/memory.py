@@ -1,7 +1,7 @@
 """Does the model fit: bytes of its weights and of one token's KV cache."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ def read_geometry(model: str, dtype: str = "auto") -> Geometry | None:
     if model.startswith(("/", ".", "~")):
         raise SetupError(f"--model {model}: there is no such folder")
     return _hub_geometry(model, dtype)
+
+
+def in_float32(geometry: Geometry) -> Geometry:
+    """The same model, which was in 16-bit numbers."""
+    weights = geometry.weight_bytes and 2 * geometry.weight_bytes
+    return replace(geometry, kv_bytes_per_token=2 * geometry.kv_bytes_per_token, weight_bytes=weights)
 
 
 def read_config(model: str) -> dict[str, Any] | None:

@@ -1,13 +1,13 @@
 """Does it fit there: the model, its KV cache and the replicas on machines that are described and not seen."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from synthia_vllm.cluster.config import check_agreement
 from synthia_vllm.cluster.planning import most_replicas
 from synthia_vllm.engine.arguments import DEMO, SYNTHIA
 from synthia_vllm.engine.hardware import GIB, Gpu, Machine
-from synthia_vllm.engine.memory import Geometry, check_gpu_memory, choose_kv_bytes, read_geometry
+from synthia_vllm.engine.memory import Geometry, check_gpu_memory, choose_kv_bytes, in_float32, read_geometry
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
 
@@ -61,11 +61,7 @@ def size(settings: Settings, *, several: bool = True) -> Sizing:
 
 def _geometry(model: str, dtype: str) -> Geometry | None:
     if model in _KNOWN:
-        known = _KNOWN[model]
-        if dtype != "float32":
-            return known
-        weights = 2 * (known.weight_bytes or 0)
-        return replace(known, kv_bytes_per_token=2 * known.kv_bytes_per_token, weight_bytes=weights)
+        return in_float32(_KNOWN[model]) if dtype == "float32" else _KNOWN[model]
     if model.startswith(("/", "~")) and not Path(model).expanduser().is_dir():
         return None  # a folder of the machines that it is for
     return read_geometry(model, dtype)

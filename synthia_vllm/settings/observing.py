@@ -53,7 +53,7 @@ class MetricsSettings(BaseModel):
         PositiveInt, Field(description="model names with series of their own, first come; the rest are `other`")
     ] = 20
     user_histograms: Annotated[
-        bool, Field(description="latency histograms by user, too: 86 lines a user and model in place of 86 a model")
+        bool, Field(description="latency histograms by user, too: a hundred lines or so for each of them and model")
     ] = False
     replica_wait_s: Annotated[
         PositiveFloat, Field(description="a scrape waits so long for the replicas; what is late comes with the next")

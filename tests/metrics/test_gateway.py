@@ -62,8 +62,10 @@ class Load:
 
 
 @pytest.fixture
-async def load(tmp_path: Path) -> AsyncIterator[Load]:
+async def load(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Load]:
+    """A parameter are settings of the exporter."""
     settings = Settings(
+        metrics=getattr(request, "param", {}),
         access={"mode": "keys", "database": f"sqlite:///{tmp_path}/keys.db", "secret": "x" * 32},
         limits={"tokens_per_minute": 10_000},
         log={"requests": False},
@@ -187,6 +189,21 @@ async def test_openmetrics_with_exemplars_for_who_asks(load: Load) -> None:
     plain = await load.get("/metrics", accept="text/plain")
     assert plain.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "request_id=" not in plain.text
+
+
+@pytest.mark.parametrize("load", [{"user_histograms": True}], indirect=True)
+async def test_latencies_by_user_equal_the_truth_too(load: Load) -> None:
+    await asyncio.gather(*(load.ask(user) for user, count in USERS.items() for _ in range(count)))
+    for user in USERS:
+        assert await load.ask(user, stream=False) == 200
+    page = (await load.get("/metrics")).text
+    assert samples(page, "time_to_first_token_seconds_count") == {("synthia", "alice"): 5, ("synthia", "bob"): 8}
+    assert samples(page, "inter_token_latency_seconds_count") == {
+        ("synthia", "alice"): 5 * (TOKENS - 1),
+        ("synthia", "bob"): 8 * (TOKENS - 1),
+    }
+    assert samples(page, "request_duration_seconds_count") == {("synthia", "alice"): 6, ("synthia", "bob"): 9}
+    assert samples(page, "queue_wait_seconds_count") == {("synthia", "alice"): 6, ("synthia", "bob"): 9}
 
 
 @pytest.mark.parametrize(
