@@ -99,7 +99,8 @@ async def _sharing(stack: "Gateway") -> AsyncIterator[None]:
                 name.close()
         return
     url = settings.limits.redis.get_secret_value()
-    peers = Peers(url, settings.upstream, stack.set_gateways, least=number or 1)
+    patience = settings.timeouts.redis
+    peers = Peers(url, settings.upstream, stack.set_gateways, least=number or 1, timeout=patience)
     await peers.count()
     counting = supervise("gateways", peers.run)
     try:

@@ -264,6 +264,12 @@ def _limiter(settings: Settings, spent: Any) -> Limiter:
     if limits.redis is None:
         return MemoryLimiter(spent=spent, on_loss=limits.on_loss, answer_s=answer_s)
     try:
-        return SharedLimiter(limits.redis.get_secret_value(), on_loss=limits.on_loss, spent=spent, answer_s=answer_s)
+        return SharedLimiter(
+            limits.redis.get_secret_value(),
+            on_loss=limits.on_loss,
+            spent=spent,
+            answer_s=answer_s,
+            timeout=settings.timeouts.redis,
+        )
     except ValueError:  # its text may hold a part of the password
         raise SetupError(f"--limits.redis: {REDIS_FORM}") from None

@@ -129,6 +129,9 @@ class TimeoutSettings(BaseModel):
     database: Annotated[
         PositiveFloat, Field(description="for the database to tell of a key, or of what a month has cost")
     ] = 3.0
+    redis: Annotated[
+        PositiveFloat, Field(description="for Redis to answer; then it is gone, and --limits.on-loss decides")
+    ] = 1.0
     upstream_connect: Annotated[PositiveFloat, Field(description="to connect to an upstream")] = 5.0
     upstream_read: Annotated[
         PositiveFloat, Field(description="without another byte from an upstream that is no vLLM; of vLLM, see replicas")

@@ -333,7 +333,7 @@ async def test_what_is_not_at_rest_is_told_and_what_comes_to_rest_is_not(redis_u
 
 
 async def test_requests_that_run_by_the_shared_limits_are_counted(redis_url: str) -> None:
-    limiter = SharedLimiter(redis_url)
+    limiter = SharedLimiter(redis_url, timeout=30.0)
     await limiter.reserve("a", UserLimits(concurrent_requests=2), "call", 10)
     assert await asyncio.to_thread(leases, redis_url) == 1
     await limiter.settle("a", "call", 10)

@@ -58,7 +58,9 @@ class Nodes:
         return [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self._mark(node)]
 
     def kill(self, node: str) -> None:
-        kill_all(self.processes(node))
+        """Those too that others start meanwhile: a HAProxy that outlives its node keeps the ports."""
+        while left := self.processes(node):
+            kill_all(left)
 
     def output(self, node: str) -> Path:
         """What the node's processes have said: in a pod, the container's output."""

@@ -107,5 +107,5 @@ async def house(
 def house_settings(folder: Path, **settings: Any) -> Settings:
     access = {"mode": "keys", "database": f"sqlite:///{folder}/keys.db", "secret": "x" * 32}
     # On a machine whose disk has other things to do, SQLite may take its time.
-    timeouts = {"database": 60.0, **settings.pop("timeouts", {})}
+    timeouts = {"database": 60.0, "redis": 60.0, **settings.pop("timeouts", {})}
     return Settings.model_validate({"access": access, "log": {"requests": False}, "timeouts": timeouts, **settings})

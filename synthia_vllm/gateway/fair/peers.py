@@ -21,7 +21,6 @@ from synthia_vllm.settings import LOOPBACK
 
 PERIOD_S = 1.0
 FRESH_S = 5.0
-_TIMEOUT_S = 1.0
 _LEFT = -1  # in the place of a beat
 _GONE_S = 60.0
 _FORGOTTEN_S = 86_400
@@ -60,9 +59,10 @@ class Peers:
         on_change: Callable[[int], None],
         *,
         least: int = 1,
+        timeout: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._redis = redis.asyncio.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        self._redis = redis.asyncio.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
         self._keys = [f"synthia:gateways:{identity(engine)}" for engine in engines]
         self._on_change = on_change
         self._least = least

@@ -21,7 +21,6 @@ from synthia_vllm.metrics.limits import FALLBACKS, SHARED_UP
 from synthia_vllm.supervise import stop, supervise
 
 LEASE_S = 30.0
-_TIMEOUT_S = 1.0
 _PROBE_S = 1.0  # while Redis is gone, it is asked no more often
 _KNOWN_S = 3600.0  # so long after his last answer it is known what a user's time should be
 _MOST_AT_ONCE = 32  # decisions; more wait here, since a pool without connections left reads like a Redis that is gone
@@ -49,7 +48,7 @@ class SharedLimiter:
         spent: Spent | None = None,
         answer_s: float = 3.0,
         lease: float = LEASE_S,
-        timeout: float = _TIMEOUT_S,
+        timeout: float = 1.0,
         clock: Callable[[], float] | None = None,
         monotonic: Callable[[], float] | None = None,
         wall: Callable[[], float] | None = None,
@@ -58,6 +57,7 @@ class SharedLimiter:
             url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
         )
         self._script = self._redis.register_script(files(__package__).joinpath("limits.lua").read_text())
+        self._timeout = timeout
         self._on_loss = on_loss
         self._billed = Billed(spent, on_loss, answer_s=answer_s)
         self._lease = lease
@@ -121,7 +121,7 @@ class SharedLimiter:
 
     async def close(self) -> None:
         if self._heartbeat is not None:
-            await stop(self._heartbeat, again_s=_TIMEOUT_S)
+            await stop(self._heartbeat, again_s=self._timeout)
         self._probed = 0.0
         await self._settle_late()
         await self._redis.aclose()

@@ -207,7 +207,7 @@ async def limiter(request: pytest.FixtureRequest) -> AsyncIterator[Limiter]:
         return
     url = request.getfixturevalue("redis_url")
     redis.Redis.from_url(url).flushall()
-    shared = SharedLimiter(url, spent=lambda user, since: 0)
+    shared = SharedLimiter(url, spent=lambda user, since: 0, timeout=30.0)
     yield shared
     assert shared._down_since is None
     await shared.close()

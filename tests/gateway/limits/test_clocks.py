@@ -33,7 +33,7 @@ def set_clock(seconds):
     pathlib.Path(os.environ["CLOCK_OFFSET"]).write_text(f"{seconds}".ljust(20))
     return round(time.time() - before)
 async def main():
-    limiter = SharedLimiter(url) if url else MemoryLimiter()
+    limiter = SharedLimiter(url, timeout=30.0) if url else MemoryLimiter()
     told = [await limiter.reserve("a", limits, "1", 60)]
     told.append(set_clock(int(seconds)))
     told.append((await limiter.reserve("a", limits, "2", 60)).retry_after)
@@ -86,13 +86,13 @@ def test_a_clock_that_is_set_by_an_hour_changes_nothing_of_a_minute(
 async def test_no_wait_is_longer_than_the_window_where_no_gateway_saw_redis_clock_move(
     redis_of_the_machine: RedisServer, wall_clock: WallClock, seconds: int
 ) -> None:
-    before = SharedLimiter(redis_of_the_machine.url)
+    before = SharedLimiter(redis_of_the_machine.url, timeout=30.0)
     limits = UserLimits(requests_per_minute=1)
     await before.reserve("a", limits, "1", 10)
     await before.settle("a", "1", 10)
     await before.close()
     wall_clock.set(seconds)
-    after = SharedLimiter(redis_of_the_machine.url)
+    after = SharedLimiter(redis_of_the_machine.url, timeout=30.0)
     refusal = await after.reserve("a", limits, "2", 10)
     assert refusal is None or refusal.retry_after <= 60
     standing = await after.standing("a")
@@ -105,7 +105,7 @@ import asyncio, sys
 from synthia_vllm.gateway.accounts import UserLimits
 from synthia_vllm.gateway.limits.shared import SharedLimiter
 async def main():
-    limiter = SharedLimiter(sys.argv[1], lease=0.6)
+    limiter = SharedLimiter(sys.argv[1], lease=0.6, timeout=30.0)
     await limiter.reserve("a", UserLimits(requests_per_minute=9, tokens_per_month=1000), "long", 100)
     print("open", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
@@ -125,7 +125,7 @@ async def test_a_process_that_stood_still_has_its_requests_counted_all_the_same(
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdout.readline()
-    other = SharedLimiter(redis_url)
+    other = SharedLimiter(redis_url, timeout=30.0)
     assert await other.standing("a") == Standing(1, 100, 1, 100)
     process.send_signal(signal.SIGSTOP)
     while (standing := await other.standing("a")).concurrent_requests:

@@ -46,7 +46,7 @@ class World:
     gateways: list[SharedLimiter] = field(default_factory=list)
 
     def gateway(self) -> SharedLimiter:
-        return SharedLimiter(self.url, on_loss="closed", lease=LEASE_S, clock=lambda: self.now)
+        return SharedLimiter(self.url, on_loss="closed", lease=LEASE_S, timeout=30.0, clock=lambda: self.now)
 
     def open(self, gateway: int) -> list[Request]:
         return [request for request in self.requests if request.open and request.gateway == gateway]

@@ -53,7 +53,13 @@ def kind(request: pytest.FixtureRequest) -> Any:
         else:
             redis.Redis.from_url(url).flushall()
             limiter = SharedLimiter(
-                url, clock=clock.wall, monotonic=clock, wall=clock.wall, spent=ledger, lease=10_000.0
+                url,
+                clock=clock.wall,
+                monotonic=clock,
+                wall=clock.wall,
+                spent=ledger,
+                lease=10_000.0,
+                timeout=30.0,  # a machine that stands still for a second is no loss
             )
         yield limiter
         # A script that fails reads like a Redis that is gone, and the fallback would hide it.

@@ -31,7 +31,7 @@ from synthia_vllm.gateway.limits.shared import SharedLimiter
 url, name = sys.argv[1:]
 limits = UserLimits(requests_per_minute=200, tokens_per_minute=5000, concurrent_requests=7)
 async def main():
-    limiter = SharedLimiter(url, lease=1.0)
+    limiter = SharedLimiter(url, lease=1.0, timeout=30.0)
     end = time.monotonic() + 3
     async def user(number):
         count = 0
@@ -61,7 +61,7 @@ async def test_four_gateways_never_overshoot(redis_url: str) -> None:
     lines = [line for process in gateways(redis_url, 4) for line in process.communicate(timeout=60)[0].splitlines()]
     assert lines.count("in") == 200
     assert most_at_once(lines) <= 7
-    limiter = SharedLimiter(redis_url)
+    limiter = SharedLimiter(redis_url, timeout=30.0)
     standing = await limiter.standing("a")
     assert (standing.concurrent_requests, standing.requests_last_minute) == (0, 200)
     assert standing.tokens_last_minute == 200 * 15
@@ -77,7 +77,7 @@ async def test_what_a_killed_gateway_had_open_comes_back(redis_url: str) -> None
     victim.communicate()
     lines = [line for process in others for line in process.communicate(timeout=60)[0].splitlines()]
     assert most_at_once(lines) <= 7
-    limiter = SharedLimiter(redis_url, lease=1.0)
+    limiter = SharedLimiter(redis_url, lease=1.0, timeout=30.0)
     deadline = time.monotonic() + 10
     while (standing := await limiter.standing("a")).concurrent_requests and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
@@ -120,7 +120,7 @@ async def test_a_decision_that_nobody_waits_for_any_more_holds_nothing(
 
 
 async def test_open_calls_are_kept_by_the_heartbeat(redis_url: str) -> None:
-    limiter, other = SharedLimiter(redis_url, lease=0.6), SharedLimiter(redis_url)
+    limiter, other = SharedLimiter(redis_url, lease=0.6), SharedLimiter(redis_url, timeout=30.0)
     await limiter.reserve("a", LIMITS, "long", 10)
     await asyncio.sleep(1.5)
     assert (await other.standing("a")).concurrent_requests == 1
@@ -174,7 +174,7 @@ async def test_what_ended_while_redis_was_gone_is_settled_when_it_is_back(
         await limiter.settle("a", "1", 40)
         await asyncio.sleep(1)  # past the lease's end: the one whose it was comes first
     await limiter.close()
-    other = SharedLimiter(redis_url)
+    other = SharedLimiter(redis_url, timeout=30.0)
     assert await other.standing("a") == Standing(1, 40, 0, 0)
     await other.close()
 
@@ -191,7 +191,7 @@ def hanging(server: RedisServer) -> Iterator[None]:
 
 
 async def test_a_script_that_fails_on_one_users_keys_is_no_redis_that_is_gone(redis_url: str) -> None:
-    limiter = SharedLimiter(redis_url, lease=0.3)
+    limiter = SharedLimiter(redis_url, lease=0.3, timeout=30.0)
     assert await limiter.reserve("b", LIMITS, "b1", 10) is None
     async with redis.asyncio.Redis.from_url(redis_url) as client:
         await client.set("{synthia:limits:a}:window", "no sorted set")
