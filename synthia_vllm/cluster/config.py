@@ -31,7 +31,7 @@ _ENGINE_FIELDS = {
 _BOUNDS = ("min_replicas", "max_replicas")
 _NOT_OF_APPLICATIONS = {"config": True, "deploy": True, "engine": {"fork"}}  # Ray starts vLLM's processes
 # And of these groups, what a gateway goes by; `engine`: how long prompts may be.
-_GATEWAY_FIELDS = {"cluster": ("gateways",), "engine": ("max_model_len", "dtype")}
+_GATEWAY_FIELDS = {"cluster": ("gateways", "gateway_nodes"), "engine": ("max_model_len", "dtype")}
 # Given to Ray's nodes in their environment, never written into a config: Serve shows those to everyone who asks.
 # No key of engines elsewhere: a cluster's are its own.
 SECRETS = {f"SYNTHIA_{'__'.join(path).upper()}": path for path in SETTINGS_SECRETS if path != ("upstream_key",)}

@@ -34,6 +34,7 @@ def build_gateway(settings: Settings) -> serve.Application:
         max_ongoing_requests=_UNBOUNDED,
         ray_actor_options={
             "num_cpus": 0,
+            "label_selector": settings.cluster.gateway_nodes,
             # Serve's loop and ours are one: else each chunk of a stream changes threads on its way.
             "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
         },

@@ -1,5 +1,6 @@
 """What all kinds of files have in common: the image's name, and settings as a process there reads them."""
 
+import math
 from typing import Any
 
 from synthia_vllm import __version__
@@ -23,6 +24,11 @@ def in_cluster(settings: Settings, *, model: str, gpus: int) -> Settings:
     if told.cluster.accelerator == "auto":
         told.cluster = told.cluster.model_copy(update={"accelerator": "gpu" if gpus else "cpu"})
     return told
+
+
+def longest_silence_s(settings: Settings) -> int:
+    """Seconds: the gateway writes something at least so often, or ends the request itself."""
+    return math.ceil(max(settings.timeouts.upstream_read, settings.fair.max_wait_s, settings.replicas.start_wait_s))
 
 
 def settings_file(settings: Settings, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

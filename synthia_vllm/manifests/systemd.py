@@ -2,7 +2,7 @@
 
 import math
 
-from synthia_vllm.manifests.common import OF_SEVERAL, settings_file
+from synthia_vllm.manifests.common import OF_SEVERAL, longest_silence_s, settings_file
 from synthia_vllm.manifests.files import Files, fill, to_yaml
 from synthia_vllm.manifests.sizing import size
 from synthia_vllm.settings import LOOPBACK, Settings
@@ -31,10 +31,7 @@ def render_proxies(settings: Settings) -> Files:
         "domain": settings.deploy.domain,
         "upstream": upstream,
         "body": settings.max_body_bytes,
-        # The gateway writes something at least so often, or ends the request itself.
-        "read_s": math.ceil(
-            max(settings.timeouts.upstream_read, settings.fair.max_wait_s, settings.replicas.start_wait_s)
-        ),
+        "read_s": longest_silence_s(settings),
         "idle_s": math.ceil(settings.timeouts.idle),
     }
     return {

@@ -21,6 +21,10 @@ class ClusterSettings(BaseModel):
         NonNegativeInt, Field(description="engine replicas; with scaling.max-replicas, those to start with")
     ] = 1
     gateways: Annotated[PositiveInt, Field(description="gateway replicas")] = 1
+    gateway_nodes: Annotated[
+        dict[str, str],
+        Field(description="labels of the Ray nodes that gateways run on, as LABEL=VALUE (default: any node)"),
+    ] = {}
     cpus_per_replica: Annotated[
         PositiveFloat | None,
         Field(

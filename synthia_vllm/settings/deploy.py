@@ -56,6 +56,24 @@ class DeploySettings(BaseModel):
     storage_class: Annotated[
         str | None, Field(description="Kubernetes: StorageClass of the model's volume (default: the cluster's own)")
     ] = None
+    ingress_class: Annotated[
+        str | None,
+        Field(description="Kubernetes: an Ingress of this class for deploy.domain, TLS by the Secret synthia-tls"),
+    ] = None
+    parent_gateway: Annotated[
+        str | None,
+        Field(
+            pattern=r"^([-a-z0-9]+/)?[-a-z0-9]+$",
+            description="Kubernetes: an HTTPRoute for deploy.domain below this Gateway, NAME or NAMESPACE/NAME",
+        ),
+    ] = None
+    egress_ports: Annotated[
+        list[Annotated[int, Field(ge=1, le=65535)]],
+        Field(
+            description="Kubernetes: ports outside of its own pods and DNS that pods may reach: the hub, PostgreSQL, "
+            "Redis, a trace collector, Kubernetes' API"
+        ),
+    ] = [443, 4317, 4318, 5432, 6379, 6443]
     monitor_labels: Annotated[
         dict[str, str],
         Field(description="Kubernetes: labels by which your Prometheus finds monitors and rules, such as release=NAME"),

@@ -26,11 +26,12 @@ _REPOSITORY = Path(__file__).parents[2]
 _MARK = "SYNTHIA_TEST_NODE"
 # Ray takes two nodes of one machine for one cluster that runs already.
 _START = "import ray._private.services as s; s.find_gcs_addresses = set; from ray.scripts.scripts import main; main()"
+_STAYING = {"ray.io/node-group": "engines"}  # as our gateways' in Kubernetes
 _APPLICATION = {
     "name": "slow",
     "route_prefix": "/",
     "import_path": "tests.cluster.slow_app:app",
-    "deployments": [{"name": "Slow", "ray_actor_options": {"num_cpus": 0, "resources": {"staying": 0.01}}}],
+    "deployments": [{"name": "Slow", "ray_actor_options": {"num_cpus": 0, "label_selector": _STAYING}}],
 }
 
 
@@ -52,7 +53,7 @@ class Nodes:
         self._start("head", 0, "--head", "--num-cpus=1", f"--temp-dir={self._folder / 'r'}", *words)
 
     def start_staying(self) -> None:
-        self._start("staying", 1, f"--address=127.0.0.1:{self._gcs}", "--num-cpus=1", '--resources={"staying": 1}')
+        self._start("staying", 1, f"--address=127.0.0.1:{self._gcs}", "--num-cpus=1")
 
     def processes(self, node: str) -> list[psutil.Process]:
         return [process for process in psutil.process_iter() if _environment(process).get(_MARK) == self._mark(node)]
@@ -94,6 +95,7 @@ class Nodes:
             **TO_THE_CONTAINERS_OUTPUT,  # as in a pod
             "RAY_AUTH_MODE": "disabled",  # else by whether this user has a token of another cluster
             _MARK: self._mark(node),
+            **({"RAY_NODE_TYPE_NAME": "engines"} if node == "staying" else {}),  # as in a pod of that group
             "PYTHONPATH": str(_REPOSITORY),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # several nodes on the loopback address
             # A node that nobody keeps anything for ends when its head was away for so long; Ray waits for a minute.

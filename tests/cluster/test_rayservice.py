@@ -29,6 +29,8 @@ def deployed(cluster: RunningCluster) -> Iterator[ServeApi]:
     config: dict[str, Any] = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     (engine,) = [one for one in config["applications"] if one["name"] == "engine"]
     assert engine["args"]["settings"].pop("cluster") == {"accelerator": "cpu"}
+    (gateway,) = [one for one in config["applications"] if one["name"] == "gateway"]
+    assert gateway["args"]["settings"].pop("cluster") == {"gateway_nodes": {"ray.io/node-group": "engines"}}
     ray = LocalRay(**cluster.state())
     api = ServeApi(ray.dashboard, ray.token)
     config["http_options"] = api.details()["http_options"]

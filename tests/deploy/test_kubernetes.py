@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.manifests.kubernetes.rayservice import in_pod
 from synthia_vllm.manifests.render import render
 from synthia_vllm.manifests.sizing import size
-from synthia_vllm.settings import Settings, load_settings
+from synthia_vllm.settings import DeploySettings, Settings, load_settings
 from tests.deploy.kustomize import build
 from tests.deploy.rayservice import RayServiceSpec
 
@@ -206,11 +207,113 @@ def test_only_the_gateways_port_is_open_to_all(overlay: str) -> None:
     open_to_all = [
         port["port"]
         for policy in of_kind(overlay, "NetworkPolicy")
-        for rule in policy["spec"]["ingress"]
+        for rule in policy["spec"].get("ingress", ())
         if "from" not in rule
         for port in rule["ports"]
     ]
     assert open_to_all == [8000]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_pod_reaches_its_own_names_and_what_the_settings_name(overlay: str) -> None:
+    (policy,) = [one for one in of_kind(overlay, "NetworkPolicy") if one["spec"]["policyTypes"] == ["Egress"]]
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "synthia"}
+    mine, names, others = policy["spec"]["egress"]
+    assert mine == {"to": [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "synthia"}}}]}
+    assert names == {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]}
+    assert {port["port"] for port in others["ports"]} == set(DeploySettings().egress_ports)
+
+
+def test_a_pod_without_ports_outside_reaches_nobody_else() -> None:
+    policies = rendered("network-policies", deploy={"egress_ports": []})
+    (egress,) = [one["spec"]["egress"] for one in policies if one["metadata"]["name"] == "synthia-egress"]
+    assert len(egress) == 2, "a rule without ports would allow all of them"
+
+
+def test_gateways_are_on_pods_that_drain() -> None:
+    """Ray labels its nodes by KubeRay's groups; where engines may all be gone, the head is the one that is left."""
+
+    def nodes(**groups: Any) -> Any:
+        (ray,) = rendered("rayservice", **groups)
+        (group,) = ray["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_NODE_TYPE_NAME", "value": group["groupName"]} in container["env"]
+        assert "preStop" in container["lifecycle"]
+        applications = yaml.safe_load(ray["spec"]["serveConfigV2"])["applications"]
+        (gateway,) = [one for one in applications if one["name"] == "gateway"]
+        return gateway["args"]["settings"].get("cluster", {}).get("gateway_nodes")
+
+    assert nodes() == nodes(scaling={"max_replicas": 2}) == {"ray.io/node-group": "engines"}
+    assert nodes(scaling={"min_replicas": 0, "max_replicas": 2}) is None
+    assert nodes(cluster={"gateway_nodes": {"pool": "front"}}) == {"pool": "front"}
+
+
+def test_other_settings_roll_the_pods_that_read_them() -> None:
+    def annotations(**groups: Any) -> Any:
+        (server,) = rendered("server", **{"deploy": {"keda": True}, **groups})
+        return server["spec"]["template"]["metadata"]["annotations"]
+
+    assert annotations() == annotations()
+    assert annotations() != annotations(fair={"max_wait_s": 7})
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_series_say_which_pod_they_are_of_where_nobody_else_does(overlay: str) -> None:
+    (monitor,) = of_kind(overlay, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    by_pod = [one for one in endpoint.get("relabelings", ()) if one["targetLabel"] == "replica"]
+    assert [one["sourceLabels"] for one in by_pod] == ([["__meta_kubernetes_pod_name"]] if overlay == "keda" else [])
+
+
+def test_an_ingress_takes_what_clients_use_and_no_keys_or_metrics() -> None:
+    settings = {"ingress_class": "nginx", "domain": "chat.example.com"}
+    (ingress,) = rendered("ingress", deploy=settings, timeouts={"upstream_read": 700})
+    kubernetes_validate.validate(copy.deepcopy(ingress), _VERSION, strict=True)
+    ((service,), (rule,)) = rendered("gateway", deploy=settings), ingress["spec"]["rules"]
+    assert rule["host"] == "chat.example.com"
+    assert ingress["spec"]["tls"] == [{"hosts": ["chat.example.com"], "secretName": "synthia-tls"}]
+    paths = rule["http"]["paths"]
+    assert {path["backend"]["service"]["name"] for path in paths} == {service["metadata"]["name"]}
+    assert {path["backend"]["service"]["port"]["number"] for path in paths} == {service["spec"]["ports"][0]["port"]}
+
+    def taken(path: str) -> bool:
+        return any(
+            path == one["path"] or (one["pathType"] == "Prefix" and path.startswith(one["path"] + "/")) for one in paths
+        )
+
+    _only_clients_routes(taken)
+    annotations = ingress["metadata"]["annotations"]
+    assert annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
+    assert annotations["nginx.ingress.kubernetes.io/proxy-read-timeout"] == "700"
+    assert annotations["nginx.ingress.kubernetes.io/proxy-body-size"] == str(Settings().max_body_bytes)
+
+
+def test_a_route_of_the_gateway_api_does_the_same() -> None:
+    (route,) = rendered("http-route", deploy={"parent_gateway": "edge/public", "domain": "chat.example.com"})
+    assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "edge"}]
+    assert route["spec"]["hostnames"] == ["chat.example.com"]
+    (rule,) = route["spec"]["rules"]
+    assert rule["timeouts"] == {"request": "0s"}, "some have a limit of 15 s where none is named"
+    assert rule["backendRefs"] == [{"name": "synthia-gateway", "port": 80}]
+    paths = [match["path"] for match in rule["matches"]]
+    assert len(paths) <= 64, "the API takes no more"
+
+    def taken(path: str) -> bool:
+        return any(
+            path == one["value"] or (one["type"] == "PathPrefix" and path.startswith(one["value"] + "/"))
+            for one in paths
+        )
+
+    _only_clients_routes(taken)
+    (route,) = rendered("http-route", deploy={"parent_gateway": "public"})
+    assert route["spec"]["parentRefs"] == [{"name": "public"}]
+
+
+def _only_clients_routes(taken: Callable[[str], bool]) -> None:
+    clients = ["/v1/chat/completions", "/v1/models", "/v1/messages/count_tokens", "/tokenize", "/ready", "/"]
+    operators = ["/admin/keys", "/admin/live", "/metrics", "/sd", "/inference/v1/generate", "/inference/v1/abort"]
+    assert [path for path in clients if not taken(path)] == []
+    assert [path for path in operators if taken(path)] == []
 
 
 def rendered(name: str, **groups: Any) -> list[Object]:

@@ -15,6 +15,7 @@ from synthia_vllm.manifests.sizing import Sizing
 from synthia_vllm.settings import Settings
 
 _JOB_KEPT_S = 7 * 86_400  # its log, until it is removed
+SERVICE = "synthia-gateway"
 ADMIN_KEY_SECRET = "synthia-metrics-key"
 
 
@@ -32,7 +33,7 @@ def gateway_service(settings: Settings) -> Object:
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": pod.meta("synthia-gateway", "gateway"),
+        "metadata": pod.meta(SERVICE, "gateway"),
         "spec": {
             "selector": pod.labels() | pod.TAKES_CLIENTS,
             "ports": [{"name": "http", "port": 80, "targetPort": settings.port, "protocol": "TCP"}],
@@ -56,7 +57,10 @@ def metrics_service(settings: Settings) -> Object:
 
 
 def network_policies(settings: Settings) -> list[Object]:
-    """Only the gateway is reachable from outside: Ray's ports, and the engines', are for its own pods and KubeRay."""
+    """Only the gateway is reachable from outside: Ray's ports, and the engines', are for its own pods and KubeRay.
+
+    What runs in a pod reaches the others, names, and the ports that the settings name.
+    """
     mine = {"podSelector": {"matchLabels": pod.labels()}}
     operator = {
         "namespaceSelector": {},
@@ -74,6 +78,7 @@ def network_policies(settings: Settings) -> list[Object]:
             {"matchLabels": pod.labels()},
             ingress=[{"from": [operator], "ports": [{"protocol": "TCP", "port": 8265}]}],
         ),
+        _egress(settings, mine),
     ]
 
 
@@ -90,6 +95,8 @@ def disruption_budget(component: str, rule: dict[str, int]) -> Object:
 def service_monitor(settings: Settings) -> Object:
     """Prometheus Operator's scrape; /metrics wants an admin's key."""
     key = {"type": "Bearer", "credentials": {"name": ADMIN_KEY_SECRET, "key": "key"}}
+    # On Ray the series say which replica they are of; here each pod is one.
+    by_pod = {"sourceLabels": ["__meta_kubernetes_pod_name"], "targetLabel": "replica", "action": "replace"}
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "ServiceMonitor",
@@ -104,6 +111,7 @@ def service_monitor(settings: Settings) -> Object:
                     "interval": "15s",
                     "scrapeTimeout": "5s",
                     "authorization": key,
+                    **({"relabelings": [by_pod]} if settings.deploy.keda else {}),
                 }
             ],
         },
@@ -202,6 +210,18 @@ def _found_by_prometheus(settings: Settings) -> Object:
     """A Prometheus Operator takes what has the labels that its Prometheus selects."""
     meta = pod.meta(pod.NAME)
     return meta | {"labels": meta["labels"] | settings.deploy.monitor_labels}
+
+
+def _egress(settings: Settings, mine: Object) -> Object:
+    names = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
+    outside = [{"protocol": "TCP", "port": port} for port in settings.deploy.egress_ports]
+    rules: list[Object] = [{"to": [mine]}, {"ports": names}, *([{"ports": outside}] if outside else [])]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": pod.meta("synthia-egress"),
+        "spec": {"podSelector": {"matchLabels": pod.labels()}, "policyTypes": ["Egress"], "egress": rules},
+    }
 
 
 def _policy(name: str, selector: Object, *, ingress: list[Object]) -> Object:

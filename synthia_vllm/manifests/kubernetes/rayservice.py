@@ -18,6 +18,7 @@ TO_THE_CONTAINERS_OUTPUT = {"RAY_LOG_TO_STDERR": "1", "RAY_SERVE_LOG_TO_STDERR":
 _AGENT_PORT = 52365  # Ray's agent, which knows whether this node's raylet lives
 _STORE = {"object-store-memory": str(128 * 2**20)}  # nothing large goes through Ray; /dev/shm is for vLLM's workers
 _START_S = 1800  # weights come from a volume and are compiled for
+_ENGINES = "engines"  # the group of pods; Ray labels its nodes by it
 
 
 def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Object:
@@ -47,7 +48,7 @@ def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> 
                 },
                 "workerGroupSpecs": [
                     {
-                        "groupName": "engines",
+                        "groupName": _ENGINES,
                         **_workers(settings),
                         "rayStartParams": dict(_STORE),
                         "template": _worker(settings, sizing),
@@ -60,7 +61,11 @@ def ray_service(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> 
 
 def in_pod(settings: Settings, sizing: Sizing) -> Settings:
     """The settings as they hold inside of the pods."""
-    return in_cluster(settings, model=pod.model_folder(settings, sizing), gpus=sizing.gpus)
+    told = in_cluster(settings, model=pod.model_folder(settings, sizing), gpus=sizing.gpus)
+    # A gateway on the head would go with it, without a drain. Where no other pod may be left, it has to be there.
+    if not settings.deploy.keda and not settings.scaling.scales_to_zero and not settings.cluster.gateway_nodes:
+        told.cluster = told.cluster.model_copy(update={"gateway_nodes": {"ray.io/node-group": _ENGINES}})
+    return told
 
 
 def _workers(settings: Settings) -> Object:
@@ -121,7 +126,7 @@ def _head(settings: Settings, sizing: Sizing) -> Object:
 
 
 def _worker(settings: Settings, sizing: Sizing) -> Object:
-    container = _container("ray-worker", settings, sizing) | {
+    container = _container("ray-worker", settings, sizing, RAY_NODE_TYPE_NAME=_ENGINES) | {
         "ports": [{"name": "serve", "containerPort": settings.port}],
         "resources": pod.resources(settings, sizing),
         "startupProbe": pod.http_probe("/api/local_raylet_healthz", _AGENT_PORT, period=5, failures=_START_S // 5),
@@ -134,12 +139,13 @@ def _worker(settings: Settings, sizing: Sizing) -> Object:
     return _template(container, "engine", settings, sizing, labels=pod.TAKES_CLIENTS)
 
 
-def _container(name: str, settings: Settings, sizing: Sizing) -> Object:
+def _container(name: str, settings: Settings, sizing: Sizing, **variables: str) -> Object:
+    variables = ray_environment(settings) | TO_THE_CONTAINERS_OUTPUT | {"HF_HUB_OFFLINE": "1"} | variables
     return {
         "name": name,
         "image": image(settings, sizing.flavour),
         "imagePullPolicy": "IfNotPresent",
-        "env": pod.environment(ray_environment(settings) | TO_THE_CONTAINERS_OUTPUT | {"HF_HUB_OFFLINE": "1"}),
+        "env": pod.environment(variables),
         "securityContext": pod.container_security(),
         "volumeMounts": pod.mounts(sizing),
     }

@@ -1,7 +1,7 @@
 """The tree of files: `base`, `components`, and the overlay that is for these settings."""
 
 from synthia_vllm.manifests.files import Files, to_yaml
-from synthia_vllm.manifests.kubernetes import base, pod, rayservice, server
+from synthia_vllm.manifests.kubernetes import base, edge, pod, rayservice, server
 from synthia_vllm.manifests.kubernetes.pod import Object
 from synthia_vllm.manifests.sizing import Sizing, size
 from synthia_vllm.settings import Settings
@@ -14,12 +14,18 @@ def render_kubernetes(settings: Settings, vllm_options: list[str]) -> Files:
     keda = settings.deploy.keda
     sizing = size(settings, several=not keda)
     overlay = f"kubernetes/overlays/{settings.deploy.name}"
+    scrape = "scrape-pods" if keda else "scrape"
     files = {
         **_folder("kubernetes/base", _base(settings)),
         **_folder("kubernetes/components/monitoring", _monitoring(settings), component=True),
+        **_folder(f"kubernetes/components/{scrape}", _scrape(settings), component=True),
         **_folder(overlay, _servers(settings, sizing, vllm_options)),
     }
-    components = ["../../components/monitoring"]
+    components = ["../../components/monitoring", f"../../components/{scrape}"]
+    if settings.deploy.ingress_class:
+        files[f"{overlay}/ingress.yaml"] = to_yaml(edge.ingress(settings))
+    if settings.deploy.parent_gateway:
+        files[f"{overlay}/http-route.yaml"] = to_yaml(edge.http_route(settings))
     if pod.is_fetched(sizing):
         documents = base.model_volume(settings, sizing), base.model_job(settings, sizing)
         files |= {f"{overlay}/model.yaml": to_yaml(*documents)}
@@ -44,10 +50,13 @@ def _base(settings: Settings) -> dict[str, list[Object]]:
 
 def _monitoring(settings: Settings) -> dict[str, list[Object]]:
     return {
-        "service-monitor.yaml": [base.service_monitor(settings)],
         "prometheus-rule.yaml": [base.prometheus_rule(settings)],
         "dashboards.yaml": base.dashboards(),
     }
+
+
+def _scrape(settings: Settings) -> dict[str, list[Object]]:
+    return {"service-monitor.yaml": [base.service_monitor(settings)]}
 
 
 def _servers(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> dict[str, list[Object]]:

@@ -1,5 +1,8 @@
 """Kubernetes without Ray: each pod is a whole server, `synthia-vllm serve`, and KEDA decides how many there are."""
 
+import hashlib
+import json
+
 from synthia_vllm.manifests.common import OF_SEVERAL, image, settings_file
 from synthia_vllm.manifests.files import to_yaml
 from synthia_vllm.manifests.kubernetes import pod
@@ -23,6 +26,12 @@ def config_map(settings: Settings, sizing: Sizing) -> Object:
         "metadata": pod.meta(CONFIG),
         "data": {"settings.yaml": to_yaml(told)},
     }
+
+
+def _checksum(settings: Settings, sizing: Sizing) -> Object:
+    """Pods read their settings when they start: others have to be another template, or none would roll."""
+    text = json.dumps(config_map(settings, sizing)["data"], sort_keys=True)
+    return {"checksum/config": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def settings_for_pods(settings: Settings, sizing: Sizing) -> Object:
@@ -57,7 +66,10 @@ def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> O
             "progressDeadlineSeconds": _START_S + 60,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": _rolling(settings)},
             "template": {
-                "metadata": {"labels": labels | pod.TAKES_CLIENTS},
+                "metadata": {
+                    "labels": labels | pod.TAKES_CLIENTS,
+                    "annotations": _checksum(settings, sizing),
+                },
                 "spec": {
                     "serviceAccountName": pod.NAME,
                     "automountServiceAccountToken": False,
