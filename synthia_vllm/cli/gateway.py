@@ -58,14 +58,17 @@ def serve_before_engines(
 
 async def _serve(settings: Settings, sock: socket.socket) -> int:
     from synthia_vllm.gateway.app import Gateway
-    from synthia_vllm.gateway.edge.listener import DrainingServer, settle_memory
+    from synthia_vllm.gateway.edge.listener import DrainingServer, bind_admin, settle_memory
 
+    admin = bind_admin(settings)
     async with _pool(settings) as pool:
         stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:
             click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}", err=True)
+            if admin is not None:
+                click.echo("Keys and metrics: http://{}:{}".format(*admin.getsockname()[:2]), err=True)
             if pool.tokenizer is None:
                 click.echo(
                     "Prompts go as text, and are counted by estimate until the engine tells: give --tokenizer FOLDER "
@@ -76,7 +79,7 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
         async with stack, _sharing(stack):
             settle_memory()
             _follow(pool, stack)
-            drained = await DrainingServer(stack.app, settings, ready).run_until_stopped(sock)
+            drained = await DrainingServer(stack.app, settings, ready, admin=admin).run_until_stopped(sock)
     return 0 if drained else 1
 
 

@@ -18,6 +18,7 @@ _GATEWAY = (
     *("config", "host", "port", "insecure", "drain_timeout", "max_body_bytes", "page", "cors_origins", "prompt"),
     *("access", "limits", "fair", "timeouts", "log", "slo", "metrics", "tracing"),
 )
+_ADMIN = ("admin_port", "admin_host")
 _ENGINES_ELSEWHERE = ("upstream", "upstream_key")
 
 
@@ -50,7 +51,7 @@ class Reads:
 SERVE = Reads(
     "synthia-vllm serve",
     "Serve Synthia on this machine: an OpenAI- and Anthropic-compatible server that speaks the Synthia format.",
-    (*_GATEWAY, "model", "engine", "log_file"),
+    (*_GATEWAY, *_ADMIN, "model", "engine", "log_file"),
     (
         *("model", "host", "port", "insecure", "access.mode", "engine.max_model_len", "engine.kv_cache_gib"),
         *("engine.tensor_parallel_size", "limits.requests_per_minute", "fair.max_wait_s", "log_file", "config"),
@@ -67,7 +68,7 @@ DOCTOR = Reads(
 GATEWAY = Reads(
     "synthia-vllm gateway",
     "Keys, limits, fair sharing and the bill in front of engines that run elsewhere.",
-    (*_GATEWAY, *_ENGINES_ELSEWHERE, "resume", "tokenizer", "engine.max_model_len", "replicas"),
+    (*_GATEWAY, *_ADMIN, *_ENGINES_ELSEWHERE, "resume", "tokenizer", "engine.max_model_len", "replicas"),
     (
         *("upstream", "upstream_key", "tokenizer", "host", "port", "insecure", "access.mode", "access.database"),
         *("limits.redis", "fair.gateways", "fair.max_wait_s", "config"),

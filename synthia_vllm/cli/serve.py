@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -38,7 +39,7 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
     from synthia_vllm.engine.server import run
     from synthia_vllm.engine.startup import Startup, cause, output_to
     from synthia_vllm.gateway.app import check_stores
-    from synthia_vllm.gateway.edge.listener import bind, check_exposure
+    from synthia_vllm.gateway.edge.listener import bind, bind_admin, check_exposure
     from synthia_vllm.gateway.observers.log import configure_logging
 
     refuse_gateways_options(settings, PROG)
@@ -46,7 +47,7 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
     machine = inspect_machine()
     preload_once(machine)
     check_stores(settings)
-    sock = bind(settings)
+    sock, admin = bind(settings), bind_admin(settings)
     port = sock.getsockname()[1]
     signal.signal(signal.SIGTERM, _interrupt)
     plan = plan_engine(settings, machine, vllm_options)
@@ -58,13 +59,13 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
 
         def ready() -> None:
             seconds = startup.stop()
-            console.print(ready_text(settings, port, plan.name, seconds, log), highlight=False, markup=False)
+            console.print(ready_text(settings, port, plan.name, seconds, log, admin), highlight=False, markup=False)
 
         if plan.profile:
             console.print(f"profile {plan.profile}", highlight=False, markup=False)
         startup.start()
         try:
-            return run(settings, plan, sock, ready, companion)
+            return run(settings, plan, sock, ready, companion, admin=admin)
         except KeyboardInterrupt:
             startup.stop()
             console.print("interrupted while starting", highlight=False)
@@ -84,7 +85,9 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
             sock.close()
 
 
-def ready_text(settings: Settings, port: int, model: str, seconds: float, log: Path | None) -> str:
+def ready_text(
+    settings: Settings, port: int, model: str, seconds: float, log: Path | None, admin: socket.socket | None = None
+) -> str:
     """What is printed when the server answers: where it is and a command that works as printed."""
     host = settings.host
     reach = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
@@ -92,6 +95,7 @@ def ready_text(settings: Settings, port: int, model: str, seconds: float, log: P
     lines = [
         f"Ready after {seconds:.0f} s: {model} at {url} (also as synthia and synthia-tot)",
         *request_text(settings, url),
+        *(["Keys and metrics: http://{}:{}".format(*admin.getsockname()[:2])] if admin else []),
         *([f"Log: {log}"] if log else []),
         "Stop with Ctrl-C: running requests finish first; a second Ctrl-C ends at once.",
     ]

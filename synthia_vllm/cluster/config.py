@@ -170,7 +170,7 @@ def _engine_settings(settings: Settings) -> dict[str, Any]:
 def _gateway_settings(settings: Settings) -> dict[str, Any]:
     """All but what the gateway does not use or Serve can change while it runs."""
     dumped = _dump(settings)
-    for name in ("port", "log_file", "drain_timeout"):
+    for name in ("port", "admin_port", "admin_host", "log_file", "drain_timeout"):
         dumped.pop(name, None)
     # A gateway without a replica is ready all the same where its queue is what wakes one.
     bounds = _BOUNDS if settings.scaling.scales_to_zero else ()

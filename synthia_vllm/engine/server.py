@@ -28,12 +28,14 @@ def run(
     sock: socket.socket,
     on_ready: Callable[[], None],
     companion: Companion | None = None,
+    *,
+    admin: socket.socket | None = None,
 ) -> int:
     """Serves until SIGTERM or SIGINT and returns the exit code: 0 after a drain, 1 if the engine died or was cut."""
     plan.prepare_processes()
     import uvloop
 
-    code: int = uvloop.run(_serve(settings, plan, sock, on_ready, companion))
+    code: int = uvloop.run(_serve(settings, plan, sock, on_ready, companion, admin))
     return code
 
 
@@ -43,12 +45,13 @@ async def _serve(
     sock: socket.socket,
     on_ready: Callable[[], None],
     companion: Companion | None,
+    admin: socket.socket | None,
 ) -> int:
     args = parse_arguments(plan.arguments)
     async with running_engine(args) as llm, contextlib.AsyncExitStack() as beside:
         engine = await local_engine(llm, args)
         gateway = await beside.enter_async_context(Gateway(engine, settings, capacity=engine.capacity()))
-        server = DrainingServer(gateway.app, settings, on_ready)
+        server = DrainingServer(gateway.app, settings, on_ready, admin=admin)
         await warm_up(llm)
         if companion is not None:
             await beside.enter_async_context(companion(llm, args))

@@ -45,7 +45,7 @@ from synthia_vllm.metrics.limits import SHARED_UP
 from synthia_vllm.metrics.recorder import Recorder, Waiting
 from synthia_vllm.metrics.replicas import ReplicaSource
 from synthia_vllm.secret_urls import REDIS_FORM, reveal
-from synthia_vllm.settings import LOOPBACK, Settings
+from synthia_vllm.settings import Settings
 from synthia_vllm.supervise import supervise
 from synthia_vllm.web.page import StatusPage
 
@@ -74,13 +74,13 @@ def without_users(engine: Engine, settings: Settings) -> ASGIApp:
 def keys_required(settings: Settings) -> bool:
     """Whether requests need a key: as set, and where nothing is set, whenever others can reach the address."""
     if settings.access.mode == "auto":
-        return settings.host not in LOOPBACK and not settings.insecure
+        return not settings.this_machine_only and not settings.insecure
     return settings.access.mode == "keys"
 
 
 def named(app: ASGIApp, settings: Settings) -> ASGIApp:
     """Answers only under the names that this server goes by, where names are set or no key is needed."""
-    foreign = settings.host in LOOPBACK and not keys_required(settings)  # pages could ask, of any website
+    foreign = settings.this_machine_only and not keys_required(settings)  # pages could ask, of any website
     if not foreign and not settings.access.hosts:
         return app
     return Hosts(app, settings.access.hosts, origins=settings.cors_origins if foreign else None)

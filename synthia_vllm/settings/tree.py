@@ -16,7 +16,7 @@ from pydantic_settings import (
 from synthia_vllm.config_file import read_config
 from synthia_vllm.settings.cluster import ClusterSettings, ReplicasSettings, ScalingSettings
 from synthia_vllm.settings.deploy import DeploySettings
-from synthia_vllm.settings.gateway import AccessSettings, FairSettings, LimitsSettings, TimeoutSettings
+from synthia_vllm.settings.gateway import LOOPBACK, AccessSettings, FairSettings, LimitsSettings, TimeoutSettings
 from synthia_vllm.settings.kinds import Url
 from synthia_vllm.settings.model import EngineSettings, PromptSettings
 from synthia_vllm.settings.observing import LogSettings, MetricsSettings, SloSettings, TracingSettings
@@ -50,6 +50,18 @@ class Settings(BaseSettings):
     ] = None
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0 picks a free one")] = 8000
+    admin_port: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            le=65535,
+            description="port of its own for /admin, /metrics and /sd, which the other then does not have (default: "
+            "the same port)",
+        ),
+    ] = None
+    admin_host: Annotated[
+        str | None, Field(description="address that admin-port is at, such as 127.0.0.1 (default: the same as host)")
+    ] = None
     insecure: Annotated[bool, Field(description="allow an address that others can reach, without keys")] = False
     upstream: Annotated[
         list[Url], Field(description="`gateway` only: URL of an OpenAI-compatible engine; may be given several times")
@@ -99,6 +111,11 @@ class Settings(BaseSettings):
     metrics: MetricsSettings = MetricsSettings()
     tracing: TracingSettings = TracingSettings()
     deploy: DeploySettings = DeploySettings()
+
+    @property
+    def this_machine_only(self) -> bool:
+        """Whether all addresses that it listens on are this machine's own."""
+        return {self.host, self.admin_host or self.host} <= set(LOOPBACK)
 
     @classmethod
     def settings_customise_sources(

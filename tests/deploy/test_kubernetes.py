@@ -257,6 +257,23 @@ def test_other_settings_roll_the_pods_that_read_them() -> None:
     assert annotations() != annotations(fair={"max_wait_s": 7})
 
 
+def test_keys_and_metrics_of_a_pod_without_ray_have_a_port_that_clients_do_not_reach() -> None:
+    (config,) = [one for one in of_kind("keda", "ConfigMap") if "settings.yaml" in one["data"]]
+    told = Settings.model_validate(yaml.safe_load(config["data"]["settings.yaml"]))
+    services = {one["metadata"]["name"]: one["spec"]["ports"][0]["targetPort"] for one in of_kind("keda", "Service")}
+    assert services == {"synthia-gateway": told.port, "synthia-metrics": told.admin_port}
+    assert told.admin_port not in (None, told.port)
+    (container,) = of_kind("keda", "Deployment")[0]["spec"]["template"]["spec"]["containers"]
+    assert {port["containerPort"] for port in container["ports"]} == {told.port, told.admin_port}
+    (rule,) = [
+        rule
+        for policy in of_kind("keda", "NetworkPolicy")
+        for rule in policy["spec"].get("ingress", ())
+        if told.admin_port in [port["port"] for port in rule.get("ports", ())]
+    ]
+    assert rule["from"] == [{"namespaceSelector": {}}], "pods of the cluster, and no address outside of it"
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_series_say_which_pod_they_are_of_where_nobody_else_does(overlay: str) -> None:
     (monitor,) = of_kind(overlay, "ServiceMonitor")

@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.edge.admin_port import AdminPort
 from synthia_vllm.gateway.edge.connections import ForwardedClients, connections_of
 from synthia_vllm.gateway.edge.protocol import http_protocol
 from synthia_vllm.gateway.edge.service_manager import ServiceManager
@@ -29,9 +30,10 @@ def settle_memory() -> None:
 
 def check_exposure(settings: Settings) -> None:
     """Raises SetupError for an address that others can reach without keys, unless that is asked for."""
-    if settings.host not in LOOPBACK and settings.access.mode == "open" and not settings.insecure:
+    if not settings.this_machine_only and settings.access.mode == "open" and not settings.insecure:
+        where = f"--host {settings.host}" if settings.host not in LOOPBACK else f"--admin-host {settings.admin_host}"
         raise SetupError(
-            f"--host {settings.host} with --access.mode open: others could use this server without a key; "
+            f"{where} with --access.mode open: others could use this server without a key; "
             "leave the mode at auto and make keys with `synthia-vllm keys create`, or add "
             "--insecure if the network is yours alone"
         )
@@ -39,21 +41,41 @@ def check_exposure(settings: Settings) -> None:
 
 def bind(settings: Settings) -> socket.socket:
     """The listening socket, taken before the model loads so that a taken port is known at once."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    return _bind("", settings.host, settings.port)
+
+
+def bind_admin(settings: Settings) -> socket.socket | None:
+    """The socket for operators, where they have one of their own."""
+    if settings.admin_port is None:
+        if settings.admin_host is not None:
+            raise SetupError(f"--admin-host {settings.admin_host}: there is no port for it; add --admin-port")
+        return None
+    return _bind("admin-", settings.admin_host or settings.host, settings.admin_port)
+
+
+def _bind(kind: str, host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((settings.host, settings.port))
+        sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise SetupError(f"--host {settings.host} --port {settings.port}: {error.strerror}; choose another") from None
+        raise SetupError(f"--{kind}host {host} --{kind}port {port}: {error.strerror}; choose another") from None
     return sock
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn that leaves the signals to us, tells when it listens, and drains before it ends."""
+    """uvicorn that leaves the signals to us, tells when it listens, and drains before it ends.
 
-    def __init__(self, app: ASGIApp, settings: Settings, on_ready: Callable[[], None]) -> None:
+    `admin` is a second socket, the only one that then has the routes for operators.
+    """
+
+    def __init__(
+        self, app: ASGIApp, settings: Settings, on_ready: Callable[[], None], *, admin: socket.socket | None = None
+    ) -> None:
+        if admin is not None:
+            app = AdminPort(app, admin.getsockname()[1])
+        self._admin = [] if admin is None else [admin]
         connections = connections_of(settings.access)
         config = uvicorn.Config(
             ForwardedClients(app, connections) if connections.proxies else app,
@@ -78,7 +100,7 @@ class DrainingServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.stop)
-        await self.serve(sockets=[sock])
+        await self.serve(sockets=[sock, *self._admin])
         return not self.force_exit
 
     def stop(self) -> None:

@@ -44,6 +44,7 @@ def gateway_service(settings: Settings) -> Object:
 def metrics_service(settings: Settings) -> Object:
     """What Prometheus scrapes. On Ray the head's HAProxy alone: each node's would bring the same page once more."""
     component = "engine" if settings.deploy.keda else "head"
+    port = admin_port(settings) if settings.deploy.keda else settings.port
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -51,9 +52,14 @@ def metrics_service(settings: Settings) -> Object:
         "spec": {
             "clusterIP": "None",
             "selector": pod.labels(component),
-            "ports": [{"name": "http", "port": settings.port, "targetPort": settings.port, "protocol": "TCP"}],
+            "ports": [{"name": "http", "port": port, "targetPort": port, "protocol": "TCP"}],
         },
     }
+
+
+def admin_port(settings: Settings) -> int:
+    """Where a pod without Ray has its routes for operators; Ray's HAProxy knows one port for all."""
+    return settings.admin_port or settings.port + 1
 
 
 def network_policies(settings: Settings) -> list[Object]:
@@ -210,6 +216,13 @@ def _found_by_prometheus(settings: Settings) -> Object:
     """A Prometheus Operator takes what has the labels that its Prometheus selects."""
     meta = pod.meta(pod.NAME)
     return meta | {"labels": meta["labels"] | settings.deploy.monitor_labels}
+
+
+def admin_policy(settings: Settings) -> Object:
+    """Prometheus is a pod of this cluster, wherever it runs; nobody outside of it gets to keys and metrics."""
+    port = {"protocol": "TCP", "port": admin_port(settings)}
+    selector = {"matchLabels": pod.labels("engine")}
+    return _policy("synthia-admin", selector, ingress=[{"from": [{"namespaceSelector": {}}], "ports": [port]}])
 
 
 def _egress(settings: Settings, mine: Object) -> Object:

@@ -63,6 +63,7 @@ def _servers(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> dic
     metrics = {"metrics.yaml": [base.metrics_service(settings)]}
     if settings.deploy.keda:
         return metrics | {
+            "admin.yaml": [base.admin_policy(settings)],
             "config.yaml": [server.config_map(settings, sizing)],
             "server.yaml": [server.deployment(settings, sizing, vllm_options)],
             "scaled-object.yaml": [server.scaled_object(settings)],

@@ -5,7 +5,7 @@ import json
 
 from synthia_vllm.manifests.common import OF_SEVERAL, image, settings_file
 from synthia_vllm.manifests.files import to_yaml
-from synthia_vllm.manifests.kubernetes import pod
+from synthia_vllm.manifests.kubernetes import base, pod
 from synthia_vllm.manifests.kubernetes.pod import Object
 from synthia_vllm.manifests.kubernetes.rayservice import in_pod
 from synthia_vllm.manifests.sizing import Sizing
@@ -35,7 +35,9 @@ def _checksum(settings: Settings, sizing: Sizing) -> Object:
 
 
 def settings_for_pods(settings: Settings, sizing: Sizing) -> Object:
-    return settings_file(in_pod(settings, sizing), without=OF_SEVERAL) | {"log_file": "-"}
+    told = settings_file(in_pod(settings, sizing), without=OF_SEVERAL)
+    # At every address of the pod, but no Service for clients leads there.
+    return told | {"log_file": "-", "admin_port": base.admin_port(settings), "admin_host": "0.0.0.0"}
 
 
 def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> Object:
@@ -47,7 +49,10 @@ def deployment(settings: Settings, sizing: Sizing, vllm_options: list[str]) -> O
         "imagePullPolicy": "IfNotPresent",
         "args": ["serve", *options],
         "env": pod.environment({CONFIG_VARIABLE: "/etc/synthia/settings.yaml", "HF_HUB_OFFLINE": "1"}),
-        "ports": [{"name": "http", "containerPort": settings.port}],
+        "ports": [
+            {"name": "http", "containerPort": settings.port},
+            {"name": "admin", "containerPort": base.admin_port(settings)},
+        ],
         "resources": pod.resources(settings, sizing),
         "securityContext": pod.container_security(),
         "startupProbe": pod.http_probe("/health", "http", period=5, failures=_START_S // 5),
