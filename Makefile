@@ -80,7 +80,8 @@ $(INSTALLED): requirements/$(ENGINE).txt pyproject.toml | $(BIN)/python
 	@$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(INSTALLED_DEV): requirements/dev.txt requirements/eval.txt $(INSTALLED)
+$(INSTALLED_DEV): requirements/dev.txt requirements/eval.txt requirements/tools.txt $(INSTALLED)
 	@echo "Installing the test tools"
-	@$(BIN)/pip install --quiet --no-deps --requirement requirements/dev.txt --requirement requirements/eval.txt
+	@$(BIN)/pip install --quiet --no-deps --requirement requirements/dev.txt --requirement requirements/eval.txt \
+	  --requirement requirements/tools.txt
 	@touch $@

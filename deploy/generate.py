@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent
 # Each kind and the settings that it is rendered from; None: the defaults.
 _SOURCES: list[tuple[str, Path | None]] = [
     *(("k8s", path) for path in sorted(FOLDER.glob("kubernetes/presets/*.yaml"))),
+    ("helm", FOLDER / "kubernetes" / "presets" / "single-gpu.yaml"),
     ("compose", None),
     ("systemd", None),
     ("ray", FOLDER / "ray" / "example.yaml"),

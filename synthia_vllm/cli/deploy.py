@@ -6,7 +6,7 @@ import click
 
 from synthia_vllm.cli.reads import RENDER, settings_for
 
-KINDS = ("compose", "k8s", "ray", "systemd")
+KINDS = ("compose", "helm", "k8s", "ray", "systemd")
 
 
 @click.group("deploy", context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from synthia_vllm.gateway.edge.listener import check_exposure
 from synthia_vllm.manifests.compose import render_compose
 from synthia_vllm.manifests.files import Files
+from synthia_vllm.manifests.helm import render_helm
 from synthia_vllm.manifests.kubernetes.render import render_kubernetes
 from synthia_vllm.manifests.launcher import render_launcher
 from synthia_vllm.manifests.systemd import render_systemd
@@ -12,6 +13,7 @@ from synthia_vllm.settings import Settings
 
 _RENDERERS: dict[str, Callable[[Settings, list[str]], Files]] = {
     "compose": render_compose,
+    "helm": render_helm,
     "k8s": render_kubernetes,
     "ray": render_launcher,
     "systemd": render_systemd,

@@ -13,7 +13,7 @@ from synthia_vllm.manifests.render import render
 from synthia_vllm.secret_urls import reveal
 from synthia_vllm.settings import Settings, load_settings
 
-KINDS = ("compose", "k8s", "ray", "systemd")
+KINDS = ("compose", "helm", "k8s", "ray", "systemd")
 SYNTHIA = "migtissera/Synthia-v3.0-11B"
 GPU = {"gpus_per_node": 1, "gpu_memory_gib": 48}
 
@@ -25,8 +25,8 @@ def test_what_is_checked_in_is_what_the_settings_give() -> None:
 
 
 def test_nothing_rendered_lies_about_that_is_rendered_no_more() -> None:
-    kept = {"README.md", "presets", "example.yaml"}
-    for folder in ("kubernetes", "systemd", "proxy", "ray"):
+    kept = {"README.md", ".helmignore", "presets", "example.yaml"}
+    for folder in ("helm", "kubernetes", "systemd", "proxy", "ray"):
         there = {path for path in (FOLDER / folder).rglob("*") if path.is_file()}
         known = {FOLDER / name for name in generated()}
         assert {path for path in there - known if not kept & set(path.relative_to(FOLDER).parts)} == set()
