@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 from synthia_vllm import __version__
+from synthia_vllm.manifests.files import Files, shipped
 from synthia_vllm.settings import Settings, dump
 
+_RUNBOOK = "docs/runbook.md"  # as the rules have it
 _OF_RENDERING = ("config", "deploy")
 OF_RAY = ("cluster", "scaling")  # what is read where Ray runs
 OF_SEVERAL = (*OF_RAY, "replicas")  # and where there are several replicas; of no use to `serve`
@@ -29,6 +31,15 @@ def in_cluster(settings: Settings, *, model: str, gpus: int) -> Settings:
 def longest_silence_s(settings: Settings) -> int:
     """Seconds: the gateway writes something at least so often, or ends the request itself."""
     return math.ceil(max(settings.timeouts.upstream_read, settings.fair.max_wait_s, settings.replicas.start_wait_s))
+
+
+def rules(settings: Settings) -> Files:
+    """The rules of `deploy/prometheus`, whose alerts link to the runbook where people can reach it."""
+    runbook = settings.deploy.runbook or _RUNBOOK
+    return {
+        name: text.replace(f"runbook_url: {_RUNBOOK}#", f"runbook_url: {runbook}#")
+        for name, text in shipped("prometheus/rules").items()
+    }
 
 
 def settings_file(settings: Settings, *, without: tuple[str, ...] = ()) -> dict[str, Any]:

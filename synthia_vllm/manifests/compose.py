@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from synthia_vllm.manifests.common import OF_RAY, image, settings_file
+from synthia_vllm.manifests.common import OF_RAY, image, rules, settings_file
 from synthia_vllm.manifests.files import SHIPPED, Files, shipped, to_yaml
 from synthia_vllm.manifests.sizing import Sizing, size
 from synthia_vllm.settings import Settings, dump
@@ -42,7 +42,7 @@ def render_compose(settings: Settings, vllm_options: list[str]) -> Files:
         "compose/gateway.yaml": to_yaml(gateway_settings(settings), comment="The gateway's settings."),
         "compose/prometheus.yml": to_yaml(_prometheus(settings)),
         "compose/alertmanager.yml": to_yaml(_ALERTMANAGER, comment="Nobody is told yet: add your receiver."),
-        **shipped("prometheus/rules"),
+        **rules(settings),
         **shipped("grafana/provisioning"),
         **shipped("grafana/dashboards"),
     }

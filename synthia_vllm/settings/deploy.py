@@ -74,6 +74,10 @@ class DeploySettings(BaseModel):
             "Redis, a trace collector, Kubernetes' API"
         ),
     ] = [443, 4317, 4318, 5432, 6379, 6443]
+    runbook: Annotated[
+        Url | None,
+        Field(description="where your people read docs/runbook.md: alerts link to it (default: its path alone)"),
+    ] = None
     monitor_labels: Annotated[
         dict[str, str],
         Field(description="Kubernetes: labels by which your Prometheus finds monitors and rules, such as release=NAME"),

@@ -482,6 +482,17 @@ def test_the_rules_are_prometheus_own(overlay: str) -> None:
     assert rule["spec"]["groups"] == [group for path in files for group in yaml.safe_load(path.read_text())["groups"]]
 
 
+def test_alerts_link_to_the_runbook_where_people_reach_it() -> None:
+    def links(kind: str, **deploy: Any) -> set[str]:
+        files = render(kind, Settings(model="demo", deploy=deploy), [])
+        text = "".join(text for name, text in files.items() if "rule" in name)
+        return set(re.findall(r"runbook_url: (\S+)#\w+", text))
+
+    for kind in ("k8s", "compose", "helm"):
+        assert links(kind) == {"docs/runbook.md"}
+        assert links(kind, runbook="https://wiki.example.com/synthia") == {"https://wiki.example.com/synthia"}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_grafanas_sidecar_finds_every_dashboard(overlay: str) -> None:
     maps = [one for one in of_kind(overlay, "ConfigMap") if "grafana_dashboard" in one["metadata"]["labels"]]

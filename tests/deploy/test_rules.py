@@ -41,7 +41,7 @@ def test_the_alerts_fire_when_they_should_and_only_then(path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("alert", ALERTS)
+@pytest.mark.parametrize("alert", [name for name in ALERTS if name != "SynthiaWatchdog"])  # which always fires
 def test_each_alert_is_tested_both_ways(alert: str) -> None:
     tests = [test for path in UNIT_TESTS for test in yaml.safe_load(path.read_text())["tests"]]
     cases = [case for test in tests for case in test["alert_rule_test"] if case["alertname"] == alert]
@@ -50,11 +50,12 @@ def test_each_alert_is_tested_both_ways(alert: str) -> None:
 
 @pytest.mark.parametrize("rule", rules("alert"), ids=ALERTS)
 def test_each_alert_has_its_section_in_the_runbook(rule: dict[str, Any]) -> None:
-    path, _, anchor = rule["annotations"]["runbook"].partition("#")
+    path, _, anchor = rule["annotations"]["runbook_url"].partition("#")
     sections = re.findall(r"^## (\w+)$", (ROOT / path).read_text(), re.MULTILINE)
     assert anchor == rule["alert"].lower()
     assert rule["alert"] in sections
-    assert rule["labels"]["severity"] in ("page", "ticket")
+    assert (rule["labels"]["severity"] == "none") == (rule["alert"] == "SynthiaWatchdog")
+    assert rule["labels"]["severity"] in ("page", "ticket", "none")
 
 
 def test_the_runbook_has_no_section_without_an_alert() -> None:

@@ -7,7 +7,7 @@ import math
 import yaml
 
 from synthia_vllm.engine.hardware import GIB
-from synthia_vllm.manifests.common import image
+from synthia_vllm.manifests.common import image, rules
 from synthia_vllm.manifests.files import shipped
 from synthia_vllm.manifests.kubernetes import pod
 from synthia_vllm.manifests.kubernetes.pod import Object
@@ -126,7 +126,7 @@ def service_monitor(settings: Settings) -> Object:
 
 def prometheus_rule(settings: Settings) -> Object:
     """The rules of `deploy/prometheus`, all of them."""
-    groups = [group for text in shipped("prometheus/rules").values() for group in yaml.safe_load(text)["groups"]]
+    groups = [group for text in rules(settings).values() for group in yaml.safe_load(text)["groups"]]
     return {
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
