@@ -26,13 +26,7 @@ _REPOSITORY = Path(__file__).parents[2]
 _MARK = "SYNTHIA_TEST_NODE"
 # Ray takes two nodes of one machine for one cluster that runs already.
 _START = "import ray._private.services as s; s.find_gcs_addresses = set; from ray.scripts.scripts import main; main()"
-_STAYING = {"ray.io/node-group": "engines"}  # as our gateways' in Kubernetes
-_APPLICATION = {
-    "name": "slow",
-    "route_prefix": "/",
-    "import_path": "tests.cluster.slow_app:app",
-    "deployments": [{"name": "Slow", "ray_actor_options": {"num_cpus": 0, "label_selector": _STAYING}}],
-}
+_APPLICATION = {"name": "slow", "route_prefix": "/", "import_path": "tests.cluster.waiting_app:app"}
 
 
 class Nodes:
@@ -50,7 +44,7 @@ class Nodes:
     def start_head(self) -> None:
         ports = {"": self._gcs, "dashboard-": self._dashboard, "ray-client-server-": self._others[10]}
         words = [f"--{name}port={port}" for name, port in ports.items()]
-        self._start("head", 0, "--head", "--num-cpus=1", f"--temp-dir={self._folder / 'r'}", *words)
+        self._start("head", 0, "--head", "--num-cpus=0", f"--temp-dir={self._folder / 'r'}", *words)
 
     def start_staying(self) -> None:
         self._start("staying", 1, f"--address=127.0.0.1:{self._gcs}", "--num-cpus=1")
@@ -67,14 +61,18 @@ class Nodes:
         """What the node's processes have said: in a pod, the container's output."""
         return self._folder / f"{node}.txt"
 
+    def deploy(self, **arguments: str) -> None:
+        applications = [{**_APPLICATION, "args": arguments}]
+        self.api.deploy({"http_options": {"host": "127.0.0.1", "port": self.port}, "applications": applications})
+
     def replicas(self) -> list[int]:
         """Process ids of the application's replicas that run; none while nobody tells."""
         try:
             application: dict[str, Any] = self.api.details()["applications"]["slow"]
         except (SetupError, KeyError):
             return []
-        (deployment,) = application["deployments"].values()
-        return [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
+        found = [replica for one in application["deployments"].values() for replica in one["replicas"]]
+        return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
 
     def answers(self) -> bool:
         return httpx.get(f"http://127.0.0.1:{self.port}/", params={"seconds": 0}, timeout=5).status_code == 200
@@ -129,13 +127,11 @@ class Nodes:
 
 @pytest.fixture
 def nodes(redis_server: RedisServer, request: pytest.FixtureRequest) -> Iterator[Nodes]:
-    """With a Redis; without one for a test that is marked so by its parameter."""
+    """None started yet. With a Redis; without one for a test that is marked so by its parameter."""
     durable = getattr(request, "param", True)
     with TemporaryDirectory(prefix="synthia-", dir="/tmp", ignore_cleanup_errors=True) as folder:  # Ray wants it short
         found = Nodes(Path(folder), redis_server if durable else None)
         try:
-            found.start_head()
-            found.start_staying()
             yield found
         finally:
             found.kill("staying")
@@ -143,7 +139,13 @@ def nodes(redis_server: RedisServer, request: pytest.FixtureRequest) -> Iterator
 
 
 def test_a_head_that_is_lost_finds_its_replicas_again(nodes: Nodes) -> None:
-    pid = _deployed(nodes)
+    """KubeRay deploys when no more than the head is up, which has no CPUs to give: engines wait for a node that has."""
+    nodes.start_head()
+    nodes.deploy(accelerator="cpu")
+    until(lambda: "waiting for a node with a CPU" in nodes.output("head").read_text(), "it waits for a node", 180)
+    assert nodes.replicas() == []
+    nodes.start_staying()
+    pid = _replica(nodes)
     until(lambda: "asked for 0 s" in nodes.output("staying").read_text(), "what a replica logs is told by its node")
     nodes.kill("head")
     assert _serves(pid), "its node has nobody to ask, and needs nobody"
@@ -154,21 +156,22 @@ def test_a_head_that_is_lost_finds_its_replicas_again(nodes: Nodes) -> None:
 
 @pytest.mark.parametrize("nodes", [False], indirect=True)
 def test_a_head_that_is_lost_without_redis_takes_all_with_it(nodes: Nodes) -> None:
-    pid = _deployed(nodes)
+    nodes.start_head()
+    nodes.start_staying()
+    nodes.deploy()
+    pid = _replica(nodes)
     nodes.kill("head")
     until(lambda: not nodes.processes("staying"), "the other node has ended itself, its replica too", 150, pause=1)
     until(lambda: _has_ended(pid), "its replica has ended", 60, pause=1)
     nodes.start_head()
     assert nodes.replicas() == [], "it knows of nothing"
     nodes.start_staying()
-    assert _deployed(nodes) != pid
+    nodes.deploy()
+    assert _replica(nodes) != pid
 
 
-def _deployed(nodes: Nodes) -> int:
+def _replica(nodes: Nodes) -> int:
     """The process of its one replica, which answers."""
-    nodes.api.deploy(
-        {"http_options": {"host": "127.0.0.1", "port": nodes.port}, "applications": [_APPLICATION]},
-    )
     until(nodes.answers, "the application answers", 120, pause=1)
     (pid,) = nodes.replicas()
     return pid
