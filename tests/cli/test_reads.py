@@ -134,7 +134,10 @@ def test_an_option_is_read_or_refused_never_ignored(reads: Reads, path: str, no:
 
 
 @pytest.mark.parametrize("reads", COMMANDS, ids=IDS)
-def test_help_is_a_screen_and_help_all_has_everything(reads: Reads, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_a_screen_and_help_all_has_everything(
+    reads: Reads, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
     for words in (["--help"], ["-h"], ["--port", "1", "--help"]):
         with pytest.raises(SystemExit) as ended:
             settings_for(reads, words)

@@ -2,8 +2,9 @@
 
 import logging
 import sys
+from contextlib import suppress
 from time import perf_counter
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -11,6 +12,19 @@ from synthia_vllm.gateway.request import POLLED, Exchange, Observer
 from synthia_vllm.settings import LogSettings
 
 _LIVE = "/admin/live"  # polled by pages that are open; a refusal is worth a line
+
+
+class Unfailing:
+    """Writes to stderr as it is at that moment. What can't be written is lost: no request fails for a full disk."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return sys.stderr.write(text)
+        return 0
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 def configure_logging(settings: LogSettings) -> None:
@@ -29,7 +43,7 @@ def configure_logging(settings: LogSettings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, Unfailing())),
         cache_logger_on_first_use=True,
     )
 

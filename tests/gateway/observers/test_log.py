@@ -1,6 +1,8 @@
 """The request log: one line a request that was worth one."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +79,23 @@ def test_what_a_client_sends_is_one_line_that_no_terminal_obeys(
     assert text.count("\n") == 1
     assert text.rstrip("\n").isprintable()
     assert "[31mforged" in text
+
+
+@pytest.mark.parametrize("gone", ["full", "closed"])
+def test_a_log_that_nothing_can_be_written_to_fails_no_request(
+    gone: str, as_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        if gone == "closed":
+            full.close()
+        monkeypatch.setattr("sys.stderr", full)
+        configure_logging(LogSettings(format="json"))
+        for _ in range(3):
+            RequestLog(LogSettings()).ended(make_exchange(make_request()))
+            structlog.get_logger().error("a" * 100_000)
+        monkeypatch.undo()
+        with suppress(OSError):  # what is left in its buffer
+            full.close()
 
 
 def test_a_traceback_keeps_its_lines_and_nothing_else(as_before: None, capsys: pytest.CaptureFixture[str]) -> None:
