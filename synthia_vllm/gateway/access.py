@@ -23,6 +23,7 @@ from synthia_vllm.gateway.delivery import ClientLeft
 from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, Bodies, read_body
 from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, header, request_ids, send_error, send_json
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
+from synthia_vllm.gateway.own_usage import USER, is_usage
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
 # Tells of all users: the operator's.
@@ -57,6 +58,7 @@ class Access:
         ready: Callable[[], Awaitable[bool]] | None = None,
         metrics: ASGIApp | None = None,
         admin: ASGIApp | None = None,
+        usage: ASGIApp | None = None,
         max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
         body_timeout: float | None = None,
     ) -> None:
@@ -67,6 +69,7 @@ class Access:
         self.ready = ready
         self.metrics = metrics
         self.admin = admin
+        self.usage = usage
         self.max_body_bytes = max_body_bytes
         self.body_timeout = body_timeout
         self.open: dict[str, Exchange] = {}
@@ -120,10 +123,8 @@ class Access:
         account = await self._account(headers)
         exchange.account = account or ANONYMOUS
         self._check(route, account)
-        if route.startswith(ADMIN_PREFIX):
-            if self.admin is None:
-                raise NotFound(route)
-            return await self._administer(self.admin, scope, receive, reply)
+        if route.startswith(ADMIN_PREFIX) or is_usage(route):
+            return await self._tell(exchange, scope, receive, reply)
         if route in _OPERATORS:
             if self.metrics is None:
                 raise NotFound(route)
@@ -145,7 +146,13 @@ class Access:
         finally:
             held.give_back()
 
-    async def _administer(self, admin: ASGIApp, scope: Scope, receive: Receive, reply: "RecordedReply") -> bool:
+    async def _tell(self, exchange: Exchange, scope: Scope, receive: Receive, reply: "RecordedReply") -> bool:
+        """What is in the database: of everyone for an admin, else of the user himself, as often as he may ask."""
+        app = self.usage if is_usage(exchange.route) else self.admin
+        if app is None:
+            raise NotFound(exchange.route)
+        if app is self.usage and self.apis is not None:
+            await self.apis.look(exchange, None)
         body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout)
         if body is None:
             raise ClientLeft
@@ -154,7 +161,7 @@ class Access:
         async def replayed() -> Message:
             return {"type": "http.request", "body": pending.pop(), "more_body": False} if pending else await receive()
 
-        await admin(scope, replayed, reply)
+        await app({**scope, USER: exchange.account.user}, replayed, reply)
         return True
 
     def _check(self, route: str, account: Account | None) -> None:

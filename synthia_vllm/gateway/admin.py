@@ -1,28 +1,16 @@
 """`/admin/*`: what the `keys` and `usage` commands do, over HTTP, and the live view. Access lets admin keys in only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import structlog
 from fastapi import Body, Depends, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.exceptions import HTTPException
 
-from synthia_vllm.api.errors import openai_form
-from synthia_vllm.errors import (
-    MethodNotAllowed,
-    NotFound,
-    Overloaded,
-    RequestError,
-    SetupError,
-    SynthiaError,
-    UpstreamLost,
-)
+from synthia_vllm.errors import NotFound, SetupError, UpstreamLost
 from synthia_vllm.gateway.accounts import MAX_LIMIT, USER_NAME, Priority, UserLimits
+from synthia_vllm.gateway.json_app import MOMENT, answer, json_app, moment
 from synthia_vllm.gateway.store.inputs import MAX_GRACE_S, end_time, model_name, unix_time, user_name
 from synthia_vllm.gateway.store.keys import UnknownKey, UnknownUser
 from synthia_vllm.gateway.store.usage import usage
@@ -30,15 +18,11 @@ from synthia_vllm.gateway.store.usage import usage
 if TYPE_CHECKING:
     from synthia_vllm.gateway.app import Gateway
 
-_log = structlog.get_logger(__name__)
-
-_RETRY_S = 5.0  # after which a database that was lost may be asked again
 # The types are JSON's own: true is true and "5" is no number.
 _STRICT = ConfigDict(extra="forbid", strict=True)
 _NAME = f"^{USER_NAME}$"
 _Limit = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 _Model = Annotated[str, AfterValidator(model_name)]
-_MOMENT: Any = {"description": "ISO 8601; without an offset it is UTC", "json_schema_extra": {"format": "date-time"}}
 
 
 class UserChange(BaseModel):
@@ -71,7 +55,7 @@ class NewKey(UserChange):
 
     user: Annotated[str, Field(pattern=_NAME), AfterValidator(user_name)]
     admin: bool = False
-    expires: Annotated[str | None, Field(**_MOMENT)] = None
+    expires: Annotated[str | None, Field(**MOMENT)] = None
 
 
 class Rotation(BaseModel):
@@ -82,8 +66,7 @@ class Rotation(BaseModel):
 
 def build_admin(gateway: "Gateway") -> FastAPI:
     """The app behind `/admin/`. Database work runs in FastAPI's threads, off the event loop."""
-    app = FastAPI(title="synthia-vllm admin", openapi_url="/admin/openapi.json", docs_url=None, redoc_url=None)
-    app.router.redirect_slashes = False  # a redirect would lead to whatever host the client named
+    app = json_app("synthia-vllm admin", openapi_url="/admin/openapi.json")
     store = gateway.keys
 
     @app.get("/admin/state")
@@ -110,7 +93,7 @@ def build_admin(gateway: "Gateway") -> FastAPI:
         key_id, key = store.create(
             new.user,
             admin=new.admin,
-            expires=_moment("expires", new.expires, end_time),
+            expires=moment("expires", new.expires, end_time),
             **new.of_the_user(),
         )
         return {"id": key_id, "key": key, **_warning(new.models or (), names)}
@@ -136,55 +119,19 @@ def build_admin(gateway: "Gateway") -> FastAPI:
     def show_usage(
         by: Literal["user", "day", "model"] = "user",
         user: Annotated[str | None, Query(pattern=_NAME)] = None,
-        since: Annotated[str | None, Query(**_MOMENT)] = None,
-        until: Annotated[str | None, Query(**_MOMENT)] = None,
+        since: Annotated[str | None, Query(**MOMENT)] = None,
+        until: Annotated[str | None, Query(**MOMENT)] = None,
     ) -> list[Any]:
-        start, end = _moment("since", since, unix_time), _moment("until", until, unix_time)
+        start, end = moment("since", since, unix_time), moment("until", until, unix_time)
         rows = usage(store.engine, user=user, since=start, until=end, by=by)
         return [asdict(row) for row in rows]
 
     @app.exception_handler(UnknownKey)
     @app.exception_handler(UnknownUser)
     async def unknown(request: Request, error: SetupError) -> JSONResponse:
-        return _answer(NotFound(request.scope["path"]))
-
-    @app.exception_handler(SQLAlchemyError)
-    async def lost(request: Request, error: SQLAlchemyError) -> JSONResponse:
-        _log.error("admin_database_lost", route=request.scope["path"], error=str(error).partition("\n")[0])
-        return _answer(Overloaded("the database can't be asked now", _RETRY_S))
-
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
-        return _answer(error)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return _answer(RequestError(f"{field}: {first['msg'].removeprefix('Value error, ')}", param=field))
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        if error.status_code == 404:
-            return _answer(NotFound(request.scope["path"]))
-        if error.status_code == 405:
-            return _answer(MethodNotAllowed(request.scope["path"], (error.headers or {}).get("Allow", "").split(", ")))
-        wrong = RequestError(str(error.detail))
-        wrong.status = error.status_code
-        return _answer(wrong)
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return _answer(SynthiaError())  # and it is raised on: Access logs it
+        return answer(NotFound(request.scope["path"]))
 
     return app
-
-
-def _answer(error: SynthiaError) -> JSONResponse:
-    if not isinstance(error, RequestError):
-        return JSONResponse(openai_form(error), 500)
-    headers = {name.decode(): value.decode() for name, value in error.headers}
-    return JSONResponse(openai_form(error), error.status, headers)
 
 
 def _warning(wanted: Sequence[str], served: Sequence[str]) -> dict[str, str]:
@@ -193,11 +140,3 @@ def _warning(wanted: Sequence[str], served: Sequence[str]) -> dict[str, str]:
     if not missing or not served:
         return {}
     return {"warning": f"not served now: {', '.join(missing)}; the models are {', '.join(served)}"}
-
-
-def _moment(name: str, text: str | None, rule: Callable[[str], float]) -> float | None:
-    """What a text means by a rule. Raises RequestError that names the field."""
-    try:
-        return None if text is None else rule(text)
-    except ValueError as error:
-        raise RequestError(f"{name}: {error}", param=name) from None

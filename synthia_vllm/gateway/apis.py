@@ -28,6 +28,7 @@ from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.delivery import Delivery
 from synthia_vllm.gateway.edge.replies import send_json
 from synthia_vllm.gateway.limits.layer import Arrivals
+from synthia_vllm.gateway.own_usage import is_usage
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
 from synthia_vllm.gateway.under_way import UnderWay
 from synthia_vllm.prompt import MODEL_ALIASES
@@ -83,7 +84,7 @@ class Apis:
             return
         if exchange.route == abort.PATH:
             return
-        if exchange.route in self._answering:
+        if exchange.route in self._answering or is_usage(exchange.route):
             await self._arrivals.count(exchange.account, exchange.id)
         elif length is None or length >= _WORK:
             await self._arrivals.look(exchange.account)

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp
 from synthia_vllm.api import abort
 from synthia_vllm.engine.port import Capacity, Engine
 from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway import own_usage
 from synthia_vllm.gateway.access import Access
 from synthia_vllm.gateway.accounts import Account, UserLimits
 from synthia_vllm.gateway.admin import build_admin
@@ -55,6 +56,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     **{api.path: ("POST",) for api in ANSWERING},
     abort.PATH: ("POST",),
     **dict.fromkeys((MODELS, f"{MODELS}/", "/health", "/ready", "/metrics", "/sd"), ("GET",)),
+    **dict.fromkeys((own_usage.PATH, f"{own_usage.PATH}/"), ("GET",)),
     ADMIN_PREFIX: ("GET", "POST", "PATCH", "DELETE"),
 }
 
@@ -174,6 +176,7 @@ class Gateway:
             ),
             metrics=MetricsRoutes(self.exporter),
             admin=build_admin(self),
+            usage=own_usage.build_own_usage(database),
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
         )

@@ -14,7 +14,7 @@ from synthia_vllm.gateway.accounts import ANONYMOUS, Account
 Outcome = Literal["finished", "cancelled", "rejected", "failed", "stopped"]
 
 POLLED = ("/health", "/ready", "/metrics", "/sd")  # by machines, all the time: not worth a line, a span or a count
-_ROUTES_BELOW = (("/admin/", "/admin"), ("/v1/models/", "/v1/models/{id}"))
+_ROUTES_BELOW = (("/admin/", "/admin"), ("/v1/models/", "/v1/models/{id}"), ("/v1/usage/", "/v1/usage/{id}"))
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message
 
@@ -82,6 +83,8 @@ async def ask(
                 on_token()  # type: ignore[misc]
 
     pairs = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": pairs, "extensions": {UNBOUNDED_SEND: {}}}
+    path, _, query = path.partition("?")
+    scope: dict[str, Any] = {"type": "http", "method": method, "path": unquote(path), "query_string": query.encode()}
+    scope |= {"headers": pairs, "extensions": {UNBOUNDED_SEND: {}}}
     await app(scope, receive, send)
     return answer

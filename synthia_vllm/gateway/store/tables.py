@@ -56,7 +56,7 @@ class Entry(Base):
     """The bill of one request."""
 
     __tablename__ = "ledger"
-    __table_args__ = (Index(None, "user", "arrived_at"), Index(None, "arrived_at"))
+    __table_args__ = (Index(None, "user", "arrived_at"), Index(None, "arrived_at"), Index(None, "user", "request_id"))
 
     id: Mapped[str] = mapped_column(String(160), primary_key=True)
     request_id: Mapped[str] = mapped_column(String(160))

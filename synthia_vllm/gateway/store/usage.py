@@ -12,6 +12,7 @@ from synthia_vllm.gateway.store.tables import Entry, Writer
 
 By = Literal["user", "day", "model"]
 _DAY_S = 86_400
+_MOST = 100  # receipts of one id
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,24 @@ class UsageRow:
     refused: int
     prompt_tokens: int
     generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What one request came to: Unix time, seconds, tokens. `id` is the gateway's own, which no other request has."""
+
+    id: str
+    model: str
+    route: str
+    arrived_at: float
+    duration: float
+    queue_wait: float
+    time_to_first_token: float | None
+    prompt_tokens: int
+    generated_tokens: int
+    status: int
+    outcome: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +83,18 @@ def usage(
         UsageRow(_day(key) if by == "day" else key, count - refusals, refusals, int(prompt), int(generated))
         for key, count, refusals, prompt, generated in rows
     ]
+
+
+def receipts(engine: Engine, user: str, request_id: str) -> list[Receipt]:
+    """Of a user's requests with this X-Request-Id, in the order of their arrival: a client may use one again."""
+    query = (
+        select(Entry).where(Entry.user == user, Entry.request_id == request_id).order_by(Entry.arrived_at).limit(_MOST)
+    )
+    with Session(engine) as session:
+        return [
+            Receipt(**{name: getattr(row, name) for name in Receipt.__dataclass_fields__})
+            for row in session.scalars(query)
+        ]
 
 
 def spent_tokens(engine: Engine, user: str, since: float) -> int:

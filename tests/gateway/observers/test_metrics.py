@@ -264,7 +264,9 @@ def test_routes_that_clients_make_up_are_one() -> None:
     for number in range(100):
         bench.end(bench.open(route=f"/v1/models/{number}", request=None, accepted=False, status=401), "rejected")
         bench.end(bench.open(route=f"/admin/keys/{number}", request=None, accepted=False))
-    assert {labels[2] for labels in bench.recorder.requests.cells} == {"/v1/models/{id}", "/admin"}
+        bench.end(bench.open(route=f"/v1/usage/{number}", request=None, accepted=False))
+    named = {"/v1/models/{id}", "/admin", "/v1/usage/{id}"}
+    assert {labels[2] for labels in bench.recorder.requests.cells} == named
 
 
 def size(bench: Bench) -> int:
