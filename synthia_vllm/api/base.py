@@ -97,6 +97,7 @@ class GeneratingApi(Protocol):
     """One route that generates. `decode` and `prepare` raise RequestError, and run in a thread where a body is long."""
 
     path: str
+    body: type[msgspec.Struct]  # what `decode` gives
     form: ErrorForm
 
     def decode(self, body: bytes) -> Any:
@@ -110,6 +111,7 @@ class AnsweringApi(Protocol):
     """One route that answers from the gateway alone. Raises RequestError."""
 
     path: str
+    body: type[msgspec.Struct]  # what `decode` gives
     form: ErrorForm
 
     def decode(self, body: bytes) -> Any: ...

@@ -47,6 +47,7 @@ class ChatCompletions:
     """Makes a conversation's generations and its reply."""
 
     path = "/v1/chat/completions"
+    body: type[msgspec.Struct] = ChatRequest
     form: ErrorForm = staticmethod(openai_form)
 
     def decode(self, body: bytes) -> ChatRequest:

@@ -56,6 +56,7 @@ class Completions:
     """Makes the generations of one or several prompts, and their reply."""
 
     path = "/v1/completions"
+    body: type[msgspec.Struct] = CompletionRequest
     form: ErrorForm = staticmethod(openai_form)
 
     def decode(self, body: bytes) -> CompletionRequest:

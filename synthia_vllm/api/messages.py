@@ -90,6 +90,7 @@ class Messages:
     """POST /v1/messages. A GeneratingApi."""
 
     path = "/v1/messages"
+    body: type[msgspec.Struct] = MessagesRequest
     form: ErrorForm = staticmethod(anthropic_form)
 
     def decode(self, body: bytes) -> MessagesRequest:
@@ -122,6 +123,7 @@ class CountTokens:
     """POST /v1/messages/count_tokens: the tokens of the prompt that the messages become. An AnsweringApi."""
 
     path = "/v1/messages/count_tokens"
+    body: type[msgspec.Struct] = CountRequest
     form: ErrorForm = staticmethod(anthropic_form)
 
     def decode(self, body: bytes) -> CountRequest:

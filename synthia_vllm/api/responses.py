@@ -90,6 +90,7 @@ class Responses:
     """POST /v1/responses. A GeneratingApi."""
 
     path = "/v1/responses"
+    body: type[msgspec.Struct] = ResponsesRequest
     form: ErrorForm = staticmethod(openai_form)
 
     def decode(self, body: bytes) -> ResponsesRequest:

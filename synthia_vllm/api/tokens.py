@@ -39,6 +39,7 @@ class Tokenize:
     """Tells the ids that a completion's text, or a conversation, would go to the engine with."""
 
     path = "/tokenize"
+    body: type[msgspec.Struct] = TokenizeRequest
     form: ErrorForm = staticmethod(openai_form)
 
     def decode(self, body: bytes) -> TokenizeRequest:
@@ -69,6 +70,7 @@ class Detokenize:
     """Tells the text of token ids, special tokens included."""
 
     path = "/detokenize"
+    body: type[msgspec.Struct] = DetokenizeRequest
     form: ErrorForm = staticmethod(openai_form)
 
     def decode(self, body: bytes) -> DetokenizeRequest:

@@ -15,7 +15,18 @@ from synthia_vllm.settings import Settings, field_of, group_of, load_settings, o
 
 # What a gateway is, wherever its engines are.
 _GATEWAY = (
-    *("config", "host", "port", "insecure", "drain_timeout", "max_body_bytes", "page", "cors_origins", "prompt"),
+    *(
+        "config",
+        "host",
+        "port",
+        "insecure",
+        "drain_timeout",
+        "max_body_bytes",
+        "page",
+        "openapi",
+        "cors_origins",
+        "prompt",
+    ),
     *("access", "limits", "fair", "timeouts", "log", "slo", "metrics", "tracing"),
 )
 _ADMIN = ("admin_port", "admin_host")

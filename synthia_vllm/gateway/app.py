@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from synthia_vllm.api import abort
+from synthia_vllm import __version__
+from synthia_vllm.api import abort, openapi
 from synthia_vllm.engine.port import Capacity, Engine
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway import own_usage
@@ -88,6 +91,18 @@ def named(app: ASGIApp, settings: Settings) -> ASGIApp:
     return Hosts(app, settings.access.hosts, origins=settings.cors_origins if foreign else None)
 
 
+def _pages(settings: Settings, usage_app: FastAPI) -> dict[str, ASGIApp]:
+    """What is read without a key."""
+    needed = keys_required(settings)
+    pages: dict[str, ASGIApp] = {}
+    if settings.page:
+        pages["/"] = StatusPage(needed)
+    if settings.openapi:
+        told = openapi.document(__version__, GENERATING, ANSWERING, usage_app.openapi(), keys_required=needed)
+        pages[openapi.PATH] = JSONResponse(told)
+    return pages
+
+
 def check_stores(settings: Settings) -> str:
     """Tries what the gateway will need, before a model is loaded; returns where the database is.
 
@@ -164,6 +179,7 @@ class Gateway:
             keep_bodies=settings.log.texts,
             **({"on_attempt": self._tracing.attempt} if self._tracing is not None else {}),
         )
+        usage_app = own_usage.build_own_usage(database)
         self.access = Access(
             self.apis,
             lookup=self.key_cache.lookup,
@@ -176,14 +192,14 @@ class Gateway:
             ),
             metrics=MetricsRoutes(self.exporter),
             admin=build_admin(self),
-            usage=own_usage.build_own_usage(database),
+            usage=usage_app,
             max_body_bytes=settings.max_body_bytes,
             body_timeout=settings.timeouts.body,
         )
         app = Routes(
             self.access,
             methods=METHODS,
-            page=StatusPage(keys_required(settings)) if settings.page else None,
+            pages=_pages(settings, usage_app),
             cors_origins=settings.cors_origins,
         )
         self.app: ASGIApp = named(app, settings)

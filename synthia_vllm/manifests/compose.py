@@ -81,6 +81,7 @@ def engine_settings(settings: Settings) -> Object:
         "insecure": True,
         "access": {"mode": "open"},
         "page": False,
+        "openapi": False,
         "log_file": "-",
     }
     return dumped | own

@@ -90,6 +90,7 @@ class Settings(BaseSettings):
         str | None, Field(description="where the engine's log goes; - for the terminal (default: in the cache folder)")
     ] = None
     page: Annotated[bool, Field(description="the status page at /")] = True
+    openapi: Annotated[bool, Field(description="the OpenAPI document of the routes at /openapi.json")] = True
     cors_origins: Annotated[
         list[Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$")]],
         Field(

@@ -16,9 +16,12 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
+from synthia_vllm.api.openapi import document
 from synthia_vllm.bench.null.port import NullEnginePort
 from synthia_vllm.gateway.admin import build_admin
+from synthia_vllm.gateway.apis import ANSWERING, GENERATING
 from synthia_vllm.gateway.app import Gateway
+from synthia_vllm.gateway.own_usage import build_own_usage
 from synthia_vllm.settings import AccessSettings, Settings
 from tests.gateway.live import serving
 
@@ -75,6 +78,15 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
 engine_schema = schemathesis.openapi.from_dict(described().openapi())
 
 
+class _Database:
+    """What the usage app's document needs: nothing is asked of it."""
+
+
+own_schema = schemathesis.openapi.from_dict(
+    document("0", GENERATING, ANSWERING, build_own_usage(_Database()).openapi(), keys_required=True)  # type: ignore[arg-type]
+)
+
+
 class _Gateway:
     """What the admin app's document needs: nothing is asked of it."""
 
@@ -87,6 +99,16 @@ admin_schema = schemathesis.openapi.from_dict(build_admin(_Gateway()).openapi())
 @engine_schema.parametrize()
 @quick
 def test_the_engines_routes(case: Any, running: tuple[str, dict[str, str]]) -> None:
+    url, keys = running
+    reply = case.call(base_url=url, headers={"Authorization": f"Bearer {keys['user']}"})
+    assert reply.status_code < 500, reply.text
+    if reply.status_code >= 400:
+        assert reply.json()["error"]["message"]
+
+
+@own_schema.parametrize()
+@quick
+def test_the_routes_as_we_describe_them(case: Any, running: tuple[str, dict[str, str]]) -> None:
     url, keys = running
     reply = case.call(base_url=url, headers={"Authorization": f"Bearer {keys['user']}"})
     assert reply.status_code < 500, reply.text

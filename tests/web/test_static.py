@@ -22,7 +22,7 @@ PAGE = StatusPage(keys_required=True)
 
 
 async def test_the_page_is_at_the_root_and_nowhere_else() -> None:
-    async with client(Routes(UPSTREAM, methods={}, page=PAGE)) as http:
+    async with client(Routes(UPSTREAM, methods={}, pages={"/": PAGE})) as http:
         got = await http.get("/")
         assert (got.status_code, got.headers["content-type"]) == (200, "text/html; charset=utf-8")
         assert got.headers["content-length"] == str(len(got.content))
@@ -35,7 +35,7 @@ async def test_the_page_is_at_the_root_and_nowhere_else() -> None:
 
 
 async def test_a_page_that_is_known_is_not_sent_again() -> None:
-    async with client(Routes(UPSTREAM, methods={}, page=PAGE)) as http:
+    async with client(Routes(UPSTREAM, methods={}, pages={"/": PAGE})) as http:
         first = await http.get("/")
         again = await http.get("/", headers={"If-None-Match": f'W/"other", {first.headers["etag"]}'})
         assert (again.status_code, again.content) == (304, b"")

@@ -27,8 +27,8 @@ class Routes:
     """Passes what is on the allow-list, answers 404 and 405 for all else. A pure ASGI layer.
 
     `methods` names those of each path; a path that ends in `/` stands for all that is below it. HEAD comes with GET,
-    and is passed on as GET: its reply goes out without the body. OPTIONS is answered here, without a key. `page` is
-    what answers at `/`, where there is one.
+    and is passed on as GET: its reply goes out without the body. OPTIONS is answered here, without a key. `pages` are
+    what answers at some paths without one.
 
     `cors_origins` are the origins, or `*`, whose pages may read replies in a browser (Fetch, 3.3). It is no access
     control: keys do not travel as cookies, so nobody's browser has one to lend.
@@ -39,15 +39,14 @@ class Routes:
         app: ASGIApp,
         *,
         methods: Mapping[str, tuple[str, ...]],
-        page: ASGIApp | None = None,
+        pages: Mapping[str, ASGIApp] | None = None,
         cors_origins: Sequence[str] = (),
     ) -> None:
         self.app = app
-        self.page = page
+        self.pages = dict(pages or {})
         self.cors_origins = frozenset(origin.encode() for origin in cors_origins)
         self.methods = {path: _with_implied(given) for path, given in methods.items()}
-        if page is not None:
-            self.methods["/"] = _with_implied(("GET",))
+        self.methods |= dict.fromkeys(self.pages, _with_implied(("GET",)))
         self._prefixes = [path for path in self.methods if path.endswith("/") and path != "/"]
         self._all = _with_implied(dict.fromkeys(method for given in methods.values() for method in given))
 
@@ -77,9 +76,7 @@ class Routes:
             error = NotFound(path) if allowed is None else MethodNotAllowed(path, allowed)
             _, told = request_ids(header(scope, b"x-request-id"))
             return await send_error(error, send, form=form_of(path, dict(scope["headers"])), request_id=told)
-        if path == "/" and self.page is not None:
-            return await self.page(scope, receive, send)
-        return await self.app(scope, receive, send)
+        return await self.pages.get(path, self.app)(scope, receive, send)
 
     def _allowed(self, path: str) -> tuple[str, ...] | None:
         found = self.methods.get(path)

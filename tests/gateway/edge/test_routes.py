@@ -36,7 +36,7 @@ async def upstream(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def client(*origins: str) -> httpx.AsyncClient:
-    app = Routes(upstream, methods=METHODS, page=PlainTextResponse("page"), cors_origins=origins)
+    app = Routes(upstream, methods=METHODS, pages={"/": PlainTextResponse("page")}, cors_origins=origins)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
