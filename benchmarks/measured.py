@@ -17,7 +17,7 @@ import click
 
 from benchmarks import cache_sharing, chaos, cluster, cost, eval_agreement, eval_speed, exporter, fairness, serving
 from benchmarks.gpu import table as gpu
-from synthia_vllm.bench import quoted
+from synthia_vllm.bench import gateway_standing, quoted
 from synthia_vllm.bench.run_file import read
 from synthia_vllm.bench.summary import Summary
 from synthia_vllm.engine.profiles import FOLDER, read_profile
@@ -76,14 +76,36 @@ def headline() -> str:
         ),
     ]
     lines = [f"| {figure} | {value} | `{command}` |" for figure, value, command in rows]
-    smg = result("gateways")["ratios"]["processor, µs a token: ours / smg"]["median"]
+    cost = behind_rivals("processor, µs a token", 64)
+    least = min(cost.ahead, key=lambda one: one.theirs.value)
     short = fair["light user, short prompts: p95 TTFT beside / alone, vtc"]
+    times = cost.ours.value / least.theirs.value
+    before = Summary(read(RESULTS / "rivals.json.gz"))
+    many = next(load for load in before.loads("closed") if load.streams == 256)
+    carried, smg = (before.ratio(name, "direct", many) for name in ("gateway", "smg"))
+    assert carried is not None
+    assert smg is not None
     behind = (
-        f"Where it is behind: the gateway alone takes {smg:.1f} times the processor of the fastest other one, in Rust; "
+        f"Where it is behind: the gateway alone takes {times:.1f} times the processor of {least.server}, in Rust, and "
+        f"at 256 streams on two cores that it shares carries {carried.value:.2f} of what the engine makes "
+        f"(smg: {smg.value:.2f}); "
         f"a light user's short prompts wait {short:.1f} times as long beside a heavy one; at 1 stream on the H200 ours "
         f"made {h200['ours / vllm, 1 streams']:.3f} of vLLM's tokens/s."
     )
     return "\n".join(["| | | measured by |", "|---|---:|---|", *lines, "", *textwrap.wrap(behind, 120)])
+
+
+def rivals() -> str:
+    """Our gateway and others before one engine, load by load; medians of the rounds."""
+    heads, rows = gateway_standing.figures(Summary(read(RESULTS / "rivals.json.gz")))
+    lines = [f"| {' | '.join(row)} |" for row in (heads, ["---", "---", *["---:"] * (len(heads) - 2)], *rows)]
+    return "\n".join(lines)
+
+
+def behind_rivals(title: str, streams: int) -> gateway_standing.Behind:
+    """Where ours is behind in a figure, with so many streams, and whom. Raises StopIteration where it is not."""
+    found = gateway_standing.behind(Summary(read(RESULTS / "rivals.json.gz")))
+    return next(one for one in found if one.figure.title == title and one.load and one.load.streams == streams)
 
 
 def ratios(*names: str) -> Callable[[], str]:
@@ -142,7 +164,8 @@ def _page(module: Any) -> Callable[[], str]:
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
-    "processes": ratios("api_process", "gateways"),
+    "processes": ratios("api_process"),
+    "rivals": rivals,
     "open_connections": ratios("open_connections"),
     "soak": soak,
     "start": start,

@@ -3,11 +3,10 @@
 import asyncio
 import json
 import time
-from pathlib import Path
 
 import pytest
 
-from benchmarks import cost, gateways
+from benchmarks import cost
 from benchmarks.api_process import fields
 from benchmarks.loop import TARGET_MS, Lateness, tick
 from benchmarks.loop_cases import BODY, CONTEXT, Case, KnownPrompts, cases, null
@@ -22,14 +21,6 @@ def test_both_servers_are_asked_for_replies_of_one_length() -> None:
     assert demo["stop"] == list(STOP_STRINGS)
     assert "max_tokens" not in demo
     assert fields("one-layer", 100)["ignore_eos"]
-
-
-def test_smg_is_left_out_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateways.importlib.util, "find_spec", lambda name: None)
-    assert list(gateways.commands("http://127.0.0.1:1", tmp_path, None)) == ["ours"]
-    command, environment = gateways.commands("http://127.0.0.1:1", tmp_path, str(tmp_path))["smg"]
-    assert command[-1] == "http://127.0.0.1:1"
-    assert environment["PYTHONPATH"].startswith(str(tmp_path))
 
 
 def test_no_layer_is_idle_while_its_cost_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
