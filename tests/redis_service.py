@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from synthia_vllm.free_ports import free_port
+from tests.services import missing
 
 
 class RedisServer:
@@ -50,10 +51,7 @@ class RedisServer:
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
     if shutil.which("redis-server") is None:
-        reason = "redis-server is not installed (Debian: redis-server)"
-        if os.environ.get("SYNTHIA_REQUIRE_SERVICES") == "1":
-            pytest.fail(f"{reason}; SYNTHIA_REQUIRE_SERVICES=1 asks for it")
-        pytest.skip(reason)
+        missing("redis-server is not installed (Debian: redis-server)")
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server

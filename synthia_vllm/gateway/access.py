@@ -22,12 +22,11 @@ from synthia_vllm.gateway.apis import Apis
 from synthia_vllm.gateway.delivery import ClientLeft
 from synthia_vllm.gateway.edge.body import DEFAULT_MAX_BODY_BYTES, Bodies, read_body
 from synthia_vllm.gateway.edge.replies import UNBOUNDED_SEND, header, request_ids, send_error, send_json
-from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
+from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX, METRICS, for_operators
 from synthia_vllm.gateway.own_usage import USER, is_usage
 from synthia_vllm.gateway.request import Exchange, Observer, Outcome
 
 # Tells of all users: the operator's.
-_OPERATORS = ("/metrics", "/sd")
 _LIVE = f"{ADMIN_PREFIX}live"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _WANTED_HEADERS = (
@@ -125,7 +124,7 @@ class Access:
         self._check(route, account)
         if route.startswith(ADMIN_PREFIX) or is_usage(route):
             return await self._tell(exchange, scope, receive, reply)
-        if route in _OPERATORS:
+        if route in METRICS:
             if self.metrics is None:
                 raise NotFound(route)
             await self.metrics(scope, receive, reply)
@@ -172,7 +171,7 @@ class Access:
             return
         if account is None:
             raise Unauthorized
-        operators = of_admin or route in _OPERATORS
+        operators = for_operators(route)
         if operators and not account.admin:
             raise Forbidden("this needs an admin key: `synthia-vllm keys create --admin`")
         if account.admin and not operators:

@@ -16,7 +16,7 @@ from synthia_vllm.manifests.files import Files, fill, to_yaml
 from synthia_vllm.manifests.kubernetes import edge, pod
 from synthia_vllm.manifests.kubernetes.pod import Object
 from synthia_vllm.manifests.kubernetes.render import render_kubernetes
-from synthia_vllm.manifests.sizing import size
+from synthia_vllm.manifests.sizing import Sizing, size
 from synthia_vllm.settings import Settings
 
 _MARK = "helm.mark"
@@ -76,6 +76,7 @@ _LINE = re.compile(r"^( *)(\w+): '?@@([\w.]+)@@'?$", re.MULTILINE)
 
 def render_helm(settings: Settings, vllm_options: list[str]) -> Files:
     """Raises SetupError for settings that contradict one another or do not fit what `deploy` says of the machines."""
+    sizing = size(settings, several=not settings.deploy.keda)
     marked = settings.model_copy(
         update={
             "deploy": settings.deploy.model_copy(
@@ -85,9 +86,9 @@ def render_helm(settings: Settings, vllm_options: list[str]) -> Files:
     )
     files = {
         "helm/Chart.yaml": to_yaml(_chart()),
-        "helm/values.yaml": fill("helm-values.yaml.jinja", **_values(settings)),
+        "helm/values.yaml": fill("helm-values.yaml.jinja", **_values(settings, sizing)),
         "helm/values.schema.json": json.dumps(_schema(keda=settings.deploy.keda), indent=2) + "\n",
-        "helm/templates/NOTES.txt": _notes(settings),
+        "helm/templates/NOTES.txt": _notes(settings, sizing),
         "helm/templates/extra-objects.yaml": fill("helm-extra-objects.yaml.jinja"),
     }
     for name, objects in _by_file(render_kubernetes(marked, vllm_options)).items():
@@ -95,9 +96,9 @@ def render_helm(settings: Settings, vllm_options: list[str]) -> Files:
     return files
 
 
-def _values(settings: Settings) -> Object:
+def _values(settings: Settings, sizing: Sizing) -> Object:
     """What the settings say of each value."""
-    deploy, sizing = settings.deploy, size(settings, several=not settings.deploy.keda)
+    deploy = settings.deploy
     engines = pod.engine_pods(settings, sizing)
     found = {key: engines.get(key, empty) for key, empty in _PLACES.items()}
     return found | {
@@ -145,8 +146,7 @@ def _schema(*, keda: bool) -> Object:
     return {"$schema": "http://json-schema.org/draft-07/schema#", **values, "required": ["image"]}
 
 
-def _notes(settings: Settings) -> str:
-    sizing = size(settings, several=not settings.deploy.keda)
+def _notes(settings: Settings, sizing: Sizing) -> str:
     folder = pod.model_folder(settings, sizing) if pod.is_fetched(sizing) else ""
     return fill("helm-notes.txt.jinja", folder=folder, model=sizing.model)
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -95,8 +96,6 @@ async def test_asking_counts_as_a_request(home: House) -> None:
 async def test_whatever_is_asked_is_answered_or_refused_by_name(
     home: House, by: str, since: str | None, until: str | None
 ) -> None:
-    import httpx
-
     given_ = {name: value for name, value in (("by", by), ("since", since), ("until", until)) if value is not None}
     query = str(httpx.QueryParams({name: value.encode("utf-8", "replace").decode() for name, value in given_.items()}))
     reply = await home.get("alice", f"/v1/usage?{query}")

@@ -2,12 +2,9 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from synthia_vllm.api.errors import form_of
 from synthia_vllm.errors import NotFound
-from synthia_vllm.gateway.edge.replies import header, request_ids, send_error
-from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX
-
-_METRICS = frozenset({"/metrics", "/sd"})
+from synthia_vllm.gateway.edge.replies import refuse
+from synthia_vllm.gateway.edge.routes import for_operators
 
 
 class AdminPort:
@@ -19,13 +16,6 @@ class AdminPort:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and for_operators(scope["path"]) and scope["server"][1] != self._port:
-            _, told = request_ids(header(scope, b"x-request-id"))
-            form = form_of(scope["path"], dict(scope["headers"]))
-            await send_error(NotFound(scope["path"]), send, form=form, request_id=told)
+            await refuse(NotFound(scope["path"]), scope, send)
         else:
             await self._app(scope, receive, send)
-
-
-def for_operators(path: str) -> bool:
-    """Whether a route is about keys, users or metrics."""
-    return path in _METRICS or path.startswith(ADMIN_PREFIX)

@@ -11,9 +11,8 @@ from typing import Protocol
 import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from synthia_vllm.api.errors import form_of
 from synthia_vllm.errors import LimitExceeded, Overloaded, RequestError
-from synthia_vllm.gateway.edge.replies import request_ids, send_error
+from synthia_vllm.gateway.edge.replies import refuse
 from synthia_vllm.settings import LOOPBACK, AccessSettings
 
 Networks = Sequence[IPv4Network | IPv6Network]
@@ -185,10 +184,8 @@ class ForwardedClients:
         client = self.connections.forwarded(scope) if scope["type"] == "http" else ""
         if not client:
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
         if (error := self.connections.begin(client)) is not None:
-            _, told = request_ids(headers.get(b"x-request-id", b""))
-            return await send_error(error, send, form=form_of(scope["path"], headers), request_id=told)
+            return await refuse(error, scope, send)
         try:
             await self.app(scope, receive, send)
         finally:

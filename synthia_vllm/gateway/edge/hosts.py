@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from synthia_vllm.api.errors import form_of
 from synthia_vllm.errors import ForeignOrigin, Misdirected, RequestError
-from synthia_vllm.gateway.edge.replies import header, request_ids, send_error
+from synthia_vllm.gateway.edge.replies import header, refuse
 
 PROBED = ("/health", "/ready")  # by whatever address a machine has; they tell nothing that is worth a name
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -36,9 +35,7 @@ class Hosts:
         error = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in PROBED else None
         if error is None:
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        _, told = request_ids(headers.get(b"x-request-id", b""))
-        return await send_error(error, send, form=form_of(scope["path"], headers), request_id=told)
+        return await refuse(error, scope, send)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         host = header(scope, b"host").decode("latin-1")

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from starlette.types import Message, Scope, Send
 
-from synthia_vllm.api.errors import ErrorForm
+from synthia_vllm.api.errors import ErrorForm, form_of
 from synthia_vllm.errors import RequestError, SynthiaError
 
 UNBOUNDED_SEND = "synthia.unbounded_send"  # of the ASGI scope's extensions: `send` never waits for the client
@@ -29,6 +29,12 @@ async def send_error(error: SynthiaError, send: Send, *, form: ErrorForm, reques
     if request_id:
         headers = [*headers, (b"x-request-id", request_id.encode())]
     await send_json(status, form(error, request_id), send, headers)
+
+
+async def refuse(error: SynthiaError, scope: Scope, send: Send) -> None:
+    """Answers in front of all else, in the form of the route that was asked, under the client's own request id."""
+    _, told = request_ids(header(scope, b"x-request-id"))
+    await send_error(error, send, form=form_of(scope["path"], dict(scope["headers"])), request_id=told)
 
 
 def request_ids(given: bytes) -> tuple[str, str]:

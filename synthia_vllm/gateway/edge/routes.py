@@ -6,9 +6,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from synthia_vllm.api.errors import form_of
 from synthia_vllm.errors import MethodNotAllowed, NotFound, SynthiaError
-from synthia_vllm.gateway.edge.replies import header, request_ids, send_error
+from synthia_vllm.gateway.edge.replies import header, refuse, send_error
 
 ADMIN_PREFIX = "/admin/"  # has its own routes, behind a key of its own
+
+METRICS = ("/metrics", "/sd")
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -21,6 +23,11 @@ _REPLY_HEADERS = b"x-request-id, retry-after, " + b", ".join(
     b"x-ratelimit-%s-%s" % (what, of) for of in (b"requests", b"tokens") for what in (b"limit", b"remaining", b"reset")
 )
 _PREFLIGHT_AGE_S = b"7200"  # what browsers keep at most
+
+
+def for_operators(path: str) -> bool:
+    """Whether a route is about keys, users or metrics, and asks for an admin's key."""
+    return path in METRICS or path.startswith(ADMIN_PREFIX)
 
 
 class Routes:
@@ -74,8 +81,7 @@ class Routes:
             return await self._options(scope, allowed or self._all, send)
         if allowed is None or method not in allowed:
             error = NotFound(path) if allowed is None else MethodNotAllowed(path, allowed)
-            _, told = request_ids(header(scope, b"x-request-id"))
-            return await send_error(error, send, form=form_of(path, dict(scope["headers"])), request_id=told)
+            return await refuse(error, scope, send)
         return await self.pages.get(path, self.app)(scope, receive, send)
 
     def _allowed(self, path: str) -> tuple[str, ...] | None:

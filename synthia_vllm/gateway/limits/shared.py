@@ -57,7 +57,6 @@ class SharedLimiter:
             url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
         )
         self._script = self._redis.register_script(files(__package__).joinpath("limits.lua").read_text())
-        self._timeout = timeout
         self._on_loss = on_loss
         self._billed = Billed(spent, on_loss, answer_s=answer_s)
         self._lease = lease
@@ -121,7 +120,7 @@ class SharedLimiter:
 
     async def close(self) -> None:
         if self._heartbeat is not None:
-            await stop(self._heartbeat, again_s=self._timeout)
+            await stop(self._heartbeat)
         self._probed = 0.0
         await self._settle_late()
         await self._redis.aclose()

@@ -229,18 +229,14 @@ def _egress(settings: Settings, mine: Object) -> Object:
     names = [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")]
     outside = [{"protocol": "TCP", "port": port} for port in settings.deploy.egress_ports]
     rules: list[Object] = [{"to": [mine]}, {"ports": names}, *([{"ports": outside}] if outside else [])]
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": pod.meta("synthia-egress"),
-        "spec": {"podSelector": {"matchLabels": pod.labels()}, "policyTypes": ["Egress"], "egress": rules},
-    }
+    return _policy("synthia-egress", {"matchLabels": pod.labels()}, egress=rules)
 
 
-def _policy(name: str, selector: Object, *, ingress: list[Object]) -> Object:
+def _policy(name: str, selector: Object, **rules: list[Object]) -> Object:
+    """One by its rules: `ingress` or `egress`."""
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": pod.meta(name),
-        "spec": {"podSelector": selector, "policyTypes": ["Ingress"], "ingress": ingress},
+        "spec": {"podSelector": selector, "policyTypes": [kind.capitalize() for kind in rules], **rules},
     }
