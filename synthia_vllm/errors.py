@@ -10,6 +10,7 @@ SynthiaError
 │   ├── MethodNotAllowed (405)
 │   ├── BodyTimeout (408)       the body did not arrive in time
 │   ├── RequestAborted (409)    its own user has ended it
+│   ├── ReplyNotKept (410)      the rest of a reply that is not in the journal
 │   ├── BodyTooLarge (413)
 │   ├── UnsupportedMedia (415)  a body in a form that is not read here
 │   ├── Misdirected (421)       a request for another server's name
@@ -136,6 +137,17 @@ class RequestAborted(RequestError):
 
     def __init__(self) -> None:
         super().__init__("this request was aborted by its user")
+
+
+class ReplyNotKept(RequestError):
+    """A client comes back for the rest of a reply of which nothing is kept."""
+
+    status = 410
+    code = "reply_not_kept"
+    reason = "not_kept"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"this reply can't go on: {why}; ask anew, without Last-Event-ID", param="Last-Event-ID")
 
 
 class ModelNotFound(RequestError):

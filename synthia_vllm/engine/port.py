@@ -65,6 +65,17 @@ class Affinity(NamedTuple):
     next: bytes | None = None  # the key that its next request will have, where that is another
 
 
+Finish = Literal["stop", "length"]
+
+
+class Said(NamedTuple):
+    """A delta that was generated, and told, before: by another gateway."""
+
+    ids: tuple[int, ...]
+    finish: Finish | None = None
+    stop_reason: int | str | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
     """One sequence to generate. A request with `n` replies or several prompts is several of them."""
@@ -76,6 +87,7 @@ class Generation:
     model: str = ""  # the name that the client asked for
     salt: str | None = None  # of the prefix cache
     affinity: Affinity | None = None
+    said: Sequence[Said] = ()  # what there is of it: told again first, with its text, and the engine goes on behind it
     # Called with a replica's name (empty: the engine in this process) each time an engine is asked for it; gives the
     # trace headers that go there.
     on_attempt: Callable[[str], Mapping[str, str]] = lambda replica: {}
@@ -99,9 +111,6 @@ class Position(msgspec.Struct, frozen=True, gc=False):
     top: Sequence[TokenLogprob]  # the likeliest as the engine orders them: vLLM puts the chosen one first
 
 
-Finish = Literal["stop", "length"]
-
-
 @dataclass(slots=True)
 class Delta:
     """What an engine has newly generated of one sequence: at least one token, or an end, or a `note`."""
@@ -117,9 +126,16 @@ class Delta:
     sequence: int = 0  # which of a request's sequences, set by who runs several
     replica: str = ""  # who generated it; empty: the engine in this process
     note: str = ""  # for the client of a stream that waits, no token is there yet
+    again: bool = False  # of `Generation.said`
 
 
-class Engine(Protocol):
+class Generates(Protocol):
+    """What takes a sequence, and gives its deltas."""
+
+    def generate(self, generation: Generation) -> AsyncGenerator[Delta, None]: ...
+
+
+class Engine(Generates, Protocol):
     """Generates sequences.
 
     `generate` gives deltas until one has a `finish`. Leaving the iterator (`aclose`, cancellation) ends the sequence in
@@ -131,8 +147,6 @@ class Engine(Protocol):
     tokenizer: Tokenizer | None  # None: prompts go as text, and are counted by estimate
     context: int | None  # most tokens of prompt and reply together; None: unknown
     root: str | None  # the model's folder or its id on the hub; None: unknown
-
-    def generate(self, generation: Generation) -> AsyncGenerator[Delta, None]: ...
 
     async def models(self) -> Sequence[str]:
         """Names that the engine answers to, its own first. Raises UpstreamLost where it can't be asked."""

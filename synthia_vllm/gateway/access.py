@@ -31,7 +31,7 @@ _LIVE = f"{ADMIN_PREFIX}live"
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _WANTED_HEADERS = (
     b"authorization", b"x-api-key", b"x-request-id", b"x-queue-timeout-s", b"x-session-id",
-    b"anthropic-version", *_TRACE_HEADERS,
+    b"last-event-id", b"anthropic-version", *_TRACE_HEADERS,
 )  # fmt: skip
 _UNREADY_S = 5.0  # after which a probe that was answered 503 may ask again
 
@@ -135,7 +135,8 @@ class Access:
         held = self.bodies.body(account.user if account is not None else None)
         try:
             if exchange.method == "POST":
-                await self.apis.look(exchange, _length(scope))
+                if b"last-event-id" not in headers:  # else what its predecessor holds may be in its way
+                    await self.apis.look(exchange, _length(scope))
                 exchange.body = await read_body(scope, receive, self.max_body_bytes, self.body_timeout, hold=held.add)
                 if exchange.body is None:
                     raise ClientLeft

@@ -23,10 +23,12 @@ from synthia_vllm.api.sampling import constraint_param
 from synthia_vllm.api.tokens import Detokenize, Tokenize
 from synthia_vllm.engine.grammar import refusal_of_engine
 from synthia_vllm.engine.port import Engine
-from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, RequestError, UpstreamLost
+from synthia_vllm.errors import Forbidden, ModelNotFound, NotFound, ReplyNotKept, RequestError, UpstreamLost
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.delivery import Delivery
 from synthia_vllm.gateway.edge.replies import send_json
+from synthia_vllm.gateway.journal.resumption import Release, Resumption
+from synthia_vllm.gateway.journal.store import Journals
 from synthia_vllm.gateway.limits.layer import Arrivals
 from synthia_vllm.gateway.own_usage import is_usage
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
@@ -49,6 +51,10 @@ Attempt = Callable[[Exchange, str, int], Mapping[str, str]]
 Salt = Callable[[Account, str | None], str | None]
 
 
+async def nothing_held(user: str, exchange: str) -> None:
+    """The release where there are no limits."""
+
+
 class Apis:
     """Answers the API routes for a user who is known. Raises RequestError."""
 
@@ -63,6 +69,8 @@ class Apis:
         on_attempt: Attempt = lambda exchange, replica, sequence: exchange.trace,
         salt: Salt = lambda account, given: None,
         keep_bodies: bool = False,
+        journals: Journals | None = None,
+        release: Release = nothing_held,
     ) -> None:
         self.engine = engine
         self.layer = layer
@@ -72,6 +80,8 @@ class Apis:
         self._on_attempt = on_attempt
         self._salt = salt
         self._keep_bodies = keep_bodies
+        self._journals = journals
+        self._release = release
         self._generating = {api.path: api for api in GENERATING}
         self._answering = {api.path: api for api in ANSWERING}
         self._under_way = UnderWay()
@@ -122,9 +132,13 @@ class Apis:
                 exchange.body = None
                 on_read()
             delivery = Delivery(exchange, request, self.layer, self._observers, unbounded=unbounded)
+            if request.entry is not None:
+                request.entry.on_taken = delivery.leave
             try:
                 with self._under_way.running(exchange, delivery):
                     await delivery.run(receive, send)
+                if request.entry is not None and not request.prepared.streamed and self._journals is not None:
+                    await self._journals.forget(request.entry)
             except RequestError as error:
                 if type(error) is not RequestError:
                     raise
@@ -166,16 +180,18 @@ class Apis:
             exchange.usage.replica = replica
             return self._on_attempt(exchange, replica, sequence)
 
-        asker = Asker(
-            id=exchange.id,
-            user=exchange.account.user,
-            session=headers.get(b"x-session-id", b"").decode("latin-1"),
-            salt=partial(self._salt, exchange.account),
-            created=int(exchange.arrived_at),
-            on_attempt=attempt,
-        )
+        resumption = await self._resumption(exchange, headers)
 
         def work() -> tuple[Prepared, str | None]:
+            run, created = resumption.run if resumption is not None else (exchange.id, int(exchange.arrived_at))
+            asker = Asker(
+                id=run,
+                user=exchange.account.user,
+                session=headers.get(b"x-session-id", b"").decode("latin-1"),
+                salt=partial(self._salt, exchange.account),
+                created=created,
+                on_attempt=attempt,
+            )
             request = api.decode(exchange.body or b"")
             self._check_model(exchange, request.model, model, any_name=any_name)
             prepared = api.prepare(request, model, asker)
@@ -192,9 +208,29 @@ class Apis:
         if self._arrivals is not None and length > _LONG_BODY:
             await self._arrivals.take_turn(exchange.account, exchange.id)
         prepared, constraint = await _run(work, length)
+        entry = None
+        if resumption is not None:
+            if not prepared.streamed:
+                if resumption.had is not None:
+                    raise RequestError("a reply that is not streamed has no events", param="Last-Event-ID")
+                if await resumption.claim_whole():  # it has an id of its own
+                    prepared, constraint = await _run(work, length)
+            entry = resumption.put(prepared, self.engine.tokenizer)
         exchange.usage.prompt = prepared.prompt_tokens
-        exchange.request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout)
+        exchange.request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout, entry)
         return exchange.request, constraint
+
+    async def _resumption(self, exchange: Exchange, headers: Mapping[bytes, bytes]) -> Resumption | None:
+        """What the journal has to do with it; None where there is none. Claims what a client comes back for."""
+        last = headers.get(b"last-event-id", b"")
+        if self._journals is None:
+            if last:
+                raise ReplyNotKept("replies are not kept here (--limits.redis and --timeouts.reply-kept)")
+            return None
+        resumption = Resumption(self._journals, self._release, exchange)
+        if last:
+            await resumption.claim(last)
+        return resumption
 
     async def _tell_models(self, exchange: Exchange, send: Send, *, anthropic: bool) -> None:
         """`GET /v1/models` and `/v1/models/{id}`: those that the key is for, in the form of the API that asks."""

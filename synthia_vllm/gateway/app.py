@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 
 from synthia_vllm import __version__
 from synthia_vllm.api import abort, openapi
+from synthia_vllm.engine.continued import Continued
 from synthia_vllm.engine.port import Capacity, Engine
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway import own_usage
@@ -24,6 +25,8 @@ from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX, Routes
 from synthia_vllm.gateway.fair.layer import FairQueue
 from synthia_vllm.gateway.fair.peers import share
 from synthia_vllm.gateway.fair.scheduler import Scheduler
+from synthia_vllm.gateway.journal.layer import Journaling
+from synthia_vllm.gateway.journal.store import Journals
 from synthia_vllm.gateway.limits.base import Limiter
 from synthia_vllm.gateway.limits.layer import Limits, merge
 from synthia_vllm.gateway.limits.memory import MemoryLimiter
@@ -33,7 +36,7 @@ from synthia_vllm.gateway.observers.log import RequestLog
 from synthia_vllm.gateway.observers.metrics import Metrics
 from synthia_vllm.gateway.observers.tracing import check_tracing, open_tracing
 from synthia_vllm.gateway.readiness import Readiness
-from synthia_vllm.gateway.request import Observer, Usage
+from synthia_vllm.gateway.request import Layer, Observer, Usage
 from synthia_vllm.gateway.sequences import Sequences
 from synthia_vllm.gateway.store.database import open_database, shown
 from synthia_vllm.gateway.store.key_cache import KeyCache
@@ -50,7 +53,7 @@ from synthia_vllm.metrics.recorder import Recorder, Waiting
 from synthia_vllm.metrics.replicas import ReplicaSource
 from synthia_vllm.secret_urls import REDIS_FORM, reveal
 from synthia_vllm.settings import Settings
-from synthia_vllm.supervise import supervise
+from synthia_vllm.supervise import stop, supervise
 from synthia_vllm.web.page import StatusPage
 
 # What there is, and how it is asked; all else is 404. What ends in `/` stands for all below it.
@@ -168,6 +171,7 @@ class Gateway:
         observers: list[Observer] = [self.ledger, metrics, RequestLog(settings.log), ready]
         if self._tracing is not None:
             observers.insert(0, self._tracing)
+        self.journals = _journals(settings)
         layers = self._layers(engine)
         self.apis = Apis(
             engine,
@@ -177,6 +181,8 @@ class Gateway:
             arrivals=layers.arrivals,
             salt=CacheSharing(settings.prompt.cache_sharing, secret).salt,
             keep_bodies=settings.log.texts,
+            journals=self.journals,
+            release=self.limiter.release,
             **({"on_attempt": self._tracing.attempt} if self._tracing is not None else {}),
         )
         usage_app = own_usage.build_own_usage(database)
@@ -206,14 +212,17 @@ class Gateway:
 
     async def __aenter__(self) -> "Gateway":
         self._tasks = [supervise("key_watch", self.key_cache.watch), supervise("ledger", self.ledger.run)]
+        if self.journals is not None:
+            self._tasks.append(supervise("journal", self.journals.run))
         await self.exporter.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await stop(task)
         await asyncio.to_thread(self.ledger.close)  # before what may hang, or fail
+        if self.journals is not None:
+            await self.journals.aclose()
         await self.exporter.__aexit__()
         if self._tracing is not None:
             await self._tracing.close()
@@ -251,8 +260,9 @@ class Gateway:
 
     def _layers(self, engine: Engine) -> Limits:
         fair = self.settings.fair
+        sequences: Layer = Sequences(Meter(engine if self.journals is None else Continued(engine)))
         queue = FairQueue(
-            Sequences(Meter(engine)),
+            Journaling(sequences, self.journals) if self.journals is not None else sequences,
             scheduler=self.scheduler,
             max_wait=fair.max_wait_s,
             max_requests=fair.max_queued_requests,
@@ -275,6 +285,13 @@ class Gateway:
             (series.LEDGER_LOST, ledger.lost),
         )
         return [single(family, value) for family, value in numbers]
+
+
+def _journals(settings: Settings) -> Journals | None:
+    limits, timeouts = settings.limits, settings.timeouts
+    if limits.redis is None or not timeouts.reply_kept:
+        return None
+    return Journals(limits.redis.get_secret_value(), keep_s=timeouts.reply_kept, timeout=timeouts.redis)
 
 
 def _limiter(settings: Settings, spent: Any) -> Limiter:

@@ -101,12 +101,16 @@ class Delivery:
 
     async def abort(self) -> int:
         """Ends it as if the client had left. When the engine has let go of it, tells the tokens that it generated."""
-        if not self._reader.done():
-            if self._aborted is None:
-                self._aborted = self._loop.create_future()
-                self._wake()
+        self.leave()
+        if self._aborted is not None:
             await asyncio.shield(self._aborted)
         return self._request.usage.generated
+
+    def leave(self) -> None:
+        """Ends it without waiting: another connection has its rest."""
+        if self._aborted is None and not self._reader.done():
+            self._aborted = self._loop.create_future()
+            self._wake()
 
     async def _read(self) -> None:
         """Takes the engine's deltas as fast as they come, and makes bytes of them."""
@@ -124,8 +128,8 @@ class Delivery:
                     begun = True
                     counts.prompt, counts.cached = usage.prompt, usage.cached
                     self._put(reply.start(counts))
-                tokens = len(delta.ids)
-                self._new_tokens += tokens
+                if not delta.again:  # else another gateway has counted them
+                    self._new_tokens += len(delta.ids)
                 if delta.prompt_logprobs is not None or len(delta.logprobs or ()) > _LONG_DELTA:
                     long = True
                     chunk = await asyncio.to_thread(reply.feed, delta, counts)

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from time import perf_counter
 
-from synthia_vllm.engine.port import Delta, Engine
+from synthia_vllm.engine.port import Delta, Generates
 from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.gateway.request import Request
 
@@ -18,7 +18,7 @@ class Meter:
     nothing; whoever leaves while the engine reads the prompt pays for the prompt.
     """
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, engine: Generates, *, clock: Callable[[], float] = perf_counter) -> None:
         self.engine = engine
         self.clock = clock
 
@@ -44,6 +44,8 @@ class Meter:
                             usage.first_token = now
                         usage.last_token = now
                         usage.generated += count
+                        if delta.again:
+                            usage.resumed += count
                     if delta.cached and not reply:
                         usage.cached += delta.cached
                     if delta.prompt_tokens is not None:

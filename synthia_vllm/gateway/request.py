@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from synthia_vllm.api.base import Prepared
 from synthia_vllm.engine.port import Delta
 from synthia_vllm.gateway.accounts import ANONYMOUS, Account
+from synthia_vllm.gateway.journal.entry import Entry
 
 # finished: the whole reply went out; cancelled: the client left; rejected: refused before the engine (4xx, 503);
 # failed: upstream answered with an error or broke off; stopped: this process ended first.
@@ -23,7 +24,11 @@ class Usage:
 
     prompt: int = 0  # an estimate until the engine tells, where no tokenizer is known here
     cached: int = 0  # of them, in the engine's prefix cache
-    generated: int = 0
+    generated: int = 0  # all tokens of the reply, those of before included
+    resumed: int = 0  # of them, generated before this gateway took the reply up
+    settled: int = 0  # of them, those that were billed there
+    prompt_settled: bool = False  # and whether the prompt was
+    taken: bool = False  # another gateway has taken the reply up, and bills it
     dispatched: float | None = None  # handed to the engine
     accepted: bool = False  # the engine took it: nothing that it refused, or never saw, costs anything
     begun: bool = False  # something came from the engine
@@ -36,11 +41,11 @@ class Usage:
 
     @property
     def billed_prompt(self) -> int:
-        return self.prompt if self.accepted else 0
+        return self.prompt if self.accepted and not self.taken and not self.prompt_settled else 0
 
     @property
     def billed_generated(self) -> int:
-        return self.generated if self.accepted else 0
+        return max(0, self.generated - self.settled) if self.accepted and not self.taken else 0
 
 
 @dataclass(slots=True)
@@ -90,6 +95,7 @@ class Request:
     prepared: Prepared
     usage: Usage
     queue_timeout: float | None = None  # seconds, from X-Queue-Timeout-S
+    entry: Entry | None = None  # in the journal of replies
 
     @property
     def prompt_tokens(self) -> int:

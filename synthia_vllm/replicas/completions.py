@@ -15,11 +15,11 @@ import msgspec
 
 from synthia_vllm.engine.port import Delta, Generation
 from synthia_vllm.engine.rendered import Rendered
+from synthia_vllm.engine.transcript import Transcript
 from synthia_vllm.replicas.detect import COMPLETIONS, Endpoint
 from synthia_vllm.replicas.logprobs import UNKNOWN as UNKNOWN_LOGPROB
 from synthia_vllm.replicas.logprobs import Entry, named_positions
 from synthia_vllm.replicas.reply import Chunk, Reply, check_end
-from synthia_vllm.replicas.transcript import Transcript
 
 UNKNOWN = -1  # the id of a token whose id is not told
 # Tokens that vLLM sends without text may be the beginning of a character, four bytes at most: without a tokenizer they

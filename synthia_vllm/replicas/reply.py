@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import msgspec
 
 from synthia_vllm.engine.port import Delta, Generation, Position
+from synthia_vllm.engine.transcript import Transcript
 from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.replicas.attempt import Attempt, AttemptLost, LossReason, all_of
 from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.http import EngineRefused, error_message
 from synthia_vllm.replicas.logprobs import Entry, positions, prompt_positions, texts_of
-from synthia_vllm.replicas.transcript import Transcript
 
 # Ends that are none: the engine is going, or has failed.
 _FAILED: dict[str, LossReason] = {"abort": "drained", "error": "error"}

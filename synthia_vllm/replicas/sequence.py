@@ -9,7 +9,9 @@ import aiohttp
 import structlog
 
 from synthia_vllm.engine.port import Affinity, Delta, Generation
+from synthia_vllm.engine.resume import resume, stateful
 from synthia_vllm.engine.tokenizer import Tokenizer
+from synthia_vllm.engine.transcript import Transcript
 from synthia_vllm.errors import UpstreamLost, UpstreamTimeout
 from synthia_vllm.metrics.replicas import STREAM_RESUMES
 from synthia_vllm.replicas.attempt import Attempt, AttemptLost, LossReason
@@ -18,8 +20,6 @@ from synthia_vllm.replicas.http import EngineRefused, request_headers
 from synthia_vllm.replicas.kinds import reply_of
 from synthia_vllm.replicas.replica import Replica, Waiter
 from synthia_vllm.replicas.reply import Reply
-from synthia_vllm.replicas.resume import resume, stateful
-from synthia_vllm.replicas.transcript import Transcript
 from synthia_vllm.settings import ReplicasSettings
 
 _PATIENCE_S = 2.0  # between two notes to a client that waits for a replica

@@ -2,7 +2,17 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, IPvAnyNetwork, PositiveFloat, PositiveInt, SecretStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    IPvAnyNetwork,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+)
 
 from synthia_vllm.secret_urls import redis_url
 
@@ -132,6 +142,13 @@ class TimeoutSettings(BaseModel):
     redis: Annotated[
         PositiveFloat, Field(description="for Redis to answer; then it is gone, and --limits.on-loss decides")
     ] = 1.0
+    reply_kept: Annotated[
+        NonNegativeFloat,
+        Field(
+            description="that a reply is kept in Redis (limits.redis) after its last token, so that a client who lost "
+            "its connection, or its gateway, gets the rest; 0: none is kept"
+        ),
+    ] = 300.0
     upstream_connect: Annotated[PositiveFloat, Field(description="to connect to an upstream")] = 5.0
     upstream_read: Annotated[
         PositiveFloat, Field(description="without another byte from an upstream that is no vLLM; of vLLM, see replicas")

@@ -10,11 +10,11 @@ from synthia_vllm.bench.null.engine import NullEngine
 from synthia_vllm.bench.null.tokenizer import null_tokenizer
 from synthia_vllm.bench.null.tokens import BOS
 from synthia_vllm.engine.port import Generation, Sampling
+from synthia_vllm.engine.transcript import Transcript
 from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.replicas.completions import CompletionsReply
 from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.generate import GenerateReply
-from synthia_vllm.replicas.transcript import Transcript
 from tests.replicas.engines import (
     GENERATE,
     Answers,

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from synthia_vllm.bench.null.tokenizer import null_tokenizer
 from synthia_vllm.bench.null.tokens import EOS
 from synthia_vllm.engine.port import Generation, Position, Sampling
+from synthia_vllm.engine.resume import ARGUMENT, resume, stateful
+from synthia_vllm.engine.transcript import Transcript
 from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.replicas.attempt import Attempt, AttemptLost
 from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.generate import GenerateReply
-from synthia_vllm.replicas.resume import ARGUMENT, resume, stateful
-from synthia_vllm.replicas.transcript import Transcript
 from tests.replicas.simulated_vllm import GARBAGE, PROMPT, SimulatedVllm
 
 TEXTS = st.lists(st.sampled_from([" the", "\n", "US", "ER", ":", " USER", "x", "é", " 🙂"]), min_size=1, max_size=12)

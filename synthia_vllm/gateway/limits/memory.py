@@ -88,6 +88,9 @@ class MemoryLimiter:
             state.months[admission.month] += change
         state.mean_duration += _LEARNING_RATE * (now - admission.at - state.mean_duration)
 
+    async def release(self, user: str, call_id: str) -> None:
+        await self.settle(user, call_id, 0)
+
     async def standing(self, user: str) -> Standing:
         state = self._users.get(user)
         if state is None:

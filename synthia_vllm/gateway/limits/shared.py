@@ -114,6 +114,13 @@ class SharedLimiter:
         if await self._run(user, "settle", call_id, tokens) is not None:
             self._unsettled.pop(call_id, None)
 
+    async def release(self, user: str, call_id: str) -> None:
+        await self._local.settle(user, call_id, 0)
+        self._open.pop(call_id, None)
+        self._unsettled[call_id] = user, 0
+        if await self._run(user, "settle", call_id, 0) is not None:
+            self._unsettled.pop(call_id, None)
+
     async def standing(self, user: str) -> Standing:
         answer = await self._run(user, "standing")
         return await self._local.standing(user) if answer is None else Standing(*map(int, answer))

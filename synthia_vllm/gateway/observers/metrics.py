@@ -95,8 +95,9 @@ class Delivery:
         if usage.accepted:
             self._bind()
             self._add_prompt(usage.billed_prompt - self._prompt)
-            if usage.billed_generated > self._generated:
-                self._add_generated(usage.billed_generated - self._generated)
+            here = max(0, usage.generated - usage.resumed)  # the gateway that had the reply before counted the rest
+            if here > self._generated:
+                self._add_generated(here - self._generated)
         recorder.requests.cell(self._user, self._model, exchange.route_name, exchange.outcome).value += 1
         if exchange.outcome == "rejected":
             recorder.rejections.cell(self._user, exchange.reason or "engine").value += 1

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from synthia_vllm.bench.null.tokenizer import null_tokenizer
 from synthia_vllm.engine.port import Generation, Sampling
-from synthia_vllm.replicas.transcript import StopSearch, Transcript
+from synthia_vllm.engine.transcript import StopSearch, Transcript
 
 STOPS = st.lists(st.text("abU:", min_size=1, max_size=4), min_size=1, max_size=4)
 TEXTS = st.text("abU:", max_size=30)

@@ -1,0 +1,232 @@
+"""Connections that outlive a gateway, for OpenAI's and Anthropic's Python clients.
+
+client = OpenAI(base_url=…, http_client=httpx.Client(transport=Resuming()))
+client = AsyncOpenAI(base_url=…, http_client=httpx.AsyncClient(transport=AsyncResuming()))
+
+A reply whose connection breaks goes on over another one, at whichever gateway answers, where the gateways keep replies
+(`--limits.redis`); of what was asked nothing is repeated, lost, or billed twice. Needs httpx alone.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+import httpx
+
+# Whatever is there of the reply, from its first event on; all of it anew where nothing is.
+FROM_THE_START = "*"
+_AGAIN = frozenset((429, 502, 503, 504))  # a gateway that starts or drains, or a proxy that has none
+_LEAST_PAUSE_S, _MOST_PAUSE_S = 0.05, 2.0
+_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+
+
+@dataclass
+class _Reply:
+    """What one request has got so far, and how long it has tried since it last got something."""
+
+    request: httpx.Request
+    body: bytes
+    patience_s: float
+    last_id: str | None = None  # of the last event; None: none has come; empty: there is no going on from here
+    rest: bytes = b""  # of an event that is not whole
+    tries: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def asked(self) -> httpx.Request:
+        """The request, or the one for its rest."""
+        request = self.request
+        headers = request.headers.copy()
+        if self.tries:
+            headers["Last-Event-ID"] = self.last_id or FROM_THE_START
+        return httpx.Request(
+            request.method, request.url, headers=headers, content=self.body, extensions=request.extensions
+        )
+
+    def events(self, data: bytes) -> bytes:
+        """The whole events among what has come."""
+        whole, gap, self.rest = (self.rest + data).rpartition(b"\n\n")
+        if not gap:
+            return b""
+        at = whole.rfind(b"id: ") if whole.startswith(b"id: ") else whole.rfind(b"\nid: ") + 1
+        if at > 0 or whole.startswith(b"id: "):
+            self.last_id = whole[at + 4 :].partition(b"\n")[0].decode()
+        self.tries, self.since = 0, time.monotonic()
+        return whole + gap
+
+    def pause(self, error: Exception | None, told: float = 0.0) -> float:
+        """Seconds until the next try. Raises the error where there is none, or no use in one."""
+        self.tries += 1
+        self.rest = b""
+        if error is not None and (self.last_id == "" or time.monotonic() - self.since > self.patience_s):
+            raise error
+        grown: float = min(_MOST_PAUSE_S, _LEAST_PAUSE_S * 2 ** min(self.tries - 1, 8))
+        return max(told, grown * random.uniform(0.5, 1.0))
+
+    def look(self, response: httpx.Response) -> float | None:
+        """Seconds until it is asked again; None where this answer is the one. Raises where the rest is refused."""
+        if not self.tries or response.status_code < 400:
+            return None
+        error = httpx.RemoteProtocolError(f"the rest of a reply was refused with {response.status_code}")
+        if response.status_code not in _AGAIN:
+            if self.last_id is None:
+                return None
+            raise error
+        after = response.headers.get("retry-after", "")
+        return self.pause(error, float(after) if after.isdigit() else 0.0)
+
+
+def _reply(request: httpx.Request, body: bytes, patience_s: float) -> _Reply:
+    request.headers.setdefault("X-Request-Id", uuid4().hex)
+    return _Reply(request, body, patience_s)
+
+
+def _resumable(request: httpx.Request) -> bool:
+    return request.method == "POST"
+
+
+def _streamed(response: httpx.Response) -> bool:
+    kind: str = response.headers.get("content-type", "")
+    return kind.startswith("text/event-stream")
+
+
+class Resuming(httpx.BaseTransport):
+    """A transport that goes on where a connection broke, for `patience_s` seconds without another event at most.
+
+    `transport`: what sends (default: httpx's own). Raises httpx's errors where the gateways don't come back in time, or
+    don't keep replies.
+    """
+
+    def __init__(self, transport: httpx.BaseTransport | None = None, *, patience_s: float = 60.0) -> None:
+        self._transport = transport or httpx.HTTPTransport()
+        self._patience_s = patience_s
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        body = request.read()
+        if not _resumable(request):
+            return self._transport.handle_request(request)
+        reply = _reply(request, body, self._patience_s)
+        response = self._ask(reply)
+        if _streamed(response):
+            stream = _Stream(self, reply, response)
+            return httpx.Response(
+                response.status_code, headers=response.headers, stream=stream, extensions=response.extensions
+            )
+        while True:
+            try:
+                response.read()
+            except _BROKEN as error:
+                response.close()
+                time.sleep(reply.pause(error))
+                response = self._ask(reply)
+            else:
+                return response
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def _ask(self, reply: _Reply) -> httpx.Response:
+        while True:
+            try:
+                response = self._transport.handle_request(reply.asked())
+                pause = reply.look(response)
+            except _BROKEN as error:
+                pause = reply.pause(error)
+            else:
+                if pause is None:
+                    return response
+                response.close()
+            time.sleep(pause)
+
+
+class _Stream(httpx.SyncByteStream):
+    def __init__(self, transport: Resuming, reply: _Reply, response: httpx.Response) -> None:
+        self._transport, self._reply, self._response = transport, reply, response
+
+    def __iter__(self) -> Iterator[bytes]:
+        reply = self._reply
+        while True:
+            try:
+                assert isinstance(self._response.stream, httpx.SyncByteStream)
+                for data in self._response.stream:
+                    if events := reply.events(data):
+                        yield events
+            except _BROKEN as error:
+                self._response.close()
+                time.sleep(reply.pause(error))
+                self._response = self._transport._ask(reply)
+            else:
+                return
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class AsyncResuming(httpx.AsyncBaseTransport):
+    """`Resuming` for asyncio."""
+
+    def __init__(self, transport: httpx.AsyncBaseTransport | None = None, *, patience_s: float = 60.0) -> None:
+        self._transport = transport or httpx.AsyncHTTPTransport()
+        self._patience_s = patience_s
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        body = await request.aread()
+        if not _resumable(request):
+            return await self._transport.handle_async_request(request)
+        reply = _reply(request, body, self._patience_s)
+        response = await self._ask(reply)
+        if _streamed(response):
+            stream = _AsyncStream(self, reply, response)
+            return httpx.Response(
+                response.status_code, headers=response.headers, stream=stream, extensions=response.extensions
+            )
+        while True:
+            try:
+                await response.aread()
+            except _BROKEN as error:
+                await response.aclose()
+                await asyncio.sleep(reply.pause(error))
+                response = await self._ask(reply)
+            else:
+                return response
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    async def _ask(self, reply: _Reply) -> httpx.Response:
+        while True:
+            try:
+                response = await self._transport.handle_async_request(reply.asked())
+                pause = reply.look(response)
+            except _BROKEN as error:
+                pause = reply.pause(error)
+            else:
+                if pause is None:
+                    return response
+                await response.aclose()
+            await asyncio.sleep(pause)
+
+
+class _AsyncStream(httpx.AsyncByteStream):
+    def __init__(self, transport: AsyncResuming, reply: _Reply, response: httpx.Response) -> None:
+        self._transport, self._reply, self._response = transport, reply, response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        reply = self._reply
+        while True:
+            try:
+                assert isinstance(self._response.stream, httpx.AsyncByteStream)
+                async for data in self._response.stream:
+                    if events := reply.events(data):
+                        yield events
+            except _BROKEN as error:
+                await self._response.aclose()
+                await asyncio.sleep(reply.pause(error))
+                self._response = await self._transport._ask(reply)
+            else:
+                return
+
+    async def aclose(self) -> None:
+        await self._response.aclose()

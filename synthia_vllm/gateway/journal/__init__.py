@@ -1,0 +1,1 @@
+"""Replies that outlive their gateway: what was generated is journaled in Redis, and goes on at any gateway."""

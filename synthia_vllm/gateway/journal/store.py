@@ -1,0 +1,204 @@
+"""The journal in Redis: written in batches beside the streams, read when a client comes back."""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import redis.asyncio
+import structlog
+from prometheus_client import Counter
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from synthia_vllm.errors import Overloaded, ReplyNotKept
+from synthia_vllm.gateway.journal.entry import Entry
+from synthia_vllm.gateway.request import Exchange, Usage
+
+PERIOD_S = 0.05  # between two writes
+_ALIVE_S = 1.0  # between two words of a reply of which nothing new is there
+_GONE = (RedisError, OSError, TimeoutError)
+
+TAKEN_UP = Counter(
+    "synthia_replies_taken_up_total",
+    "Clients that came back for the rest of a reply, by what became of it.",
+    ["result"],  # resumed, finished, not_kept
+)
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A reply that now belongs to who claimed it."""
+
+    entry: Entry
+    before: str  # the exchange that had it
+
+
+class Journals:
+    """Keeps what is generated of the replies under way, a twentieth of a second behind them.
+
+    Who comes back claims a reply: from then on it belongs to that exchange, and the one before, if it is alive, learns
+    it with its next write, ends its generation and bills nothing. While Redis is gone, streams go on and only their
+    events have no ids once it is behind by more than they carry; Redis that comes back empty is told all of it again.
+    """
+
+    def __init__(self, url: str, *, keep_s: float, timeout: float = 1.0) -> None:
+        self._redis = redis.asyncio.Redis.from_url(
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
+        )
+        self._script = self._redis.register_script(files(__package__).joinpath("journal.lua").read_text())
+        self._keep_s = max(1, round(keep_s))
+        self._open: dict[Entry, float] = {}  # when it was written last, by `time.monotonic`
+        self._late: dict[Entry, Usage] = {}  # ended while Redis was gone
+        self._lost = False
+
+    def entry(self, exchange: Exchange, digest: str) -> Entry:
+        """For a reply that begins."""
+        name = name_of(exchange.account.user, exchange.request_id)
+        return Entry(name, exchange.id, exchange.id, int(exchange.arrived_at), digest)
+
+    async def claim(self, exchange: Exchange, digest: str, *, alive: bool) -> Found | None:
+        """The reply of this user and name, which is this exchange's from now on; None where there is none.
+
+        `alive`: also one that another exchange still generates. Raises ReplyNotKept where the name is of a request
+        with another body, Overloaded where Redis is gone.
+        """
+        name = name_of(exchange.account.user, exchange.request_id)
+        try:
+            answer = await self._call("claim", [name], exchange.id, digest, int(alive))
+        except _GONE as error:
+            self._tell_lost(error)
+            raise Overloaded("what is kept of this reply can't be asked for now", 1.0) from None
+        state, *rest = [word.decode() for word in answer]
+        if state == "other":
+            raise ReplyNotKept("another request of yours has this X-Request-Id")
+        if state != "ok":
+            return None
+        before, run, created, settled, prompt, *records = rest
+        entry = Entry(
+            name,
+            exchange.id,
+            run,
+            int(created),
+            digest,
+            records=records,
+            kept=len(records),
+            known=True,
+            settled=int(settled),
+            prompt_settled=prompt == "1",
+        )
+        return Found(entry, before)
+
+    def begin(self, entry: Entry) -> None:
+        """Writes it from now on, with each period's other replies."""
+        self._open[entry] = 0.0
+
+    async def close(self, entry: Entry, usage: Usage) -> None:
+        """Says that the engine is done with it, and what it is billed for: nothing where another goes on with it."""
+        self._open.pop(entry, None)
+        if not entry.taken and not entry.lost:
+            try:
+                if self._lost:
+                    raise TimeoutError  # asked after by `run`
+                await self._close(entry, usage)
+            except _GONE as error:
+                self._tell_lost(error)
+                self._late[entry] = usage
+        usage.taken = entry.taken
+
+    async def forget(self, entry: Entry) -> None:
+        """The client has all of it, and can't come back for more."""
+        if not self._lost and not entry.lost and not entry.taken:
+            try:
+                await self._call("forget", [entry.name], entry.owner)
+            except _GONE as error:
+                self._tell_lost(error)
+
+    async def run(self) -> None:
+        """Writes until it is cancelled."""
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            try:
+                await self.write()
+            except _GONE as error:
+                self._tell_lost(error)
+
+    async def write(self) -> None:
+        """Writes what is new of all replies."""
+        now = time.monotonic()
+        due = [
+            entry
+            for entry, at in self._open.items()
+            if not entry.lost and (entry.kept < len(entry.records) or now - at >= _ALIVE_S)
+        ]
+        if due:
+            words = [_words(entry) for entry in due]
+            lengths = [len(entry.records) for entry in due]
+            answers = await self._call(
+                "append", [entry.name for entry in due], *(word for one in words for word in one)
+            )
+            for entry, length, answer in zip(due, lengths, answers, strict=True):
+                self._note(entry, length, answer)
+                if entry in self._open:
+                    self._open[entry] = now
+        elif self._lost:
+            await self._redis.ping()
+        if self._lost:
+            self._lost = False
+            _log.warning("journal_back")
+        for entry, usage in list(self._late.items()):
+            await self._close(entry, usage)
+            self._late.pop(entry, None)
+
+    async def aclose(self) -> None:
+        await self._redis.aclose()
+
+    async def _close(self, entry: Entry, usage: Usage) -> None:
+        generated = max(usage.generated, entry.settled) if usage.accepted else entry.settled
+        settled = str(generated), str(int(usage.accepted or entry.prompt_settled))
+        length = len(entry.records)
+        (answer,) = await self._call("close", [entry.name], *_words(entry), *settled)
+        self._note(entry, length, answer)
+
+    def _note(self, entry: Entry, length: int, answer: bytes) -> None:
+        if answer == b"ok":
+            entry.known, entry.kept = True, length
+        elif answer == b"missing":
+            entry.kept = 0
+        elif answer == b"other":
+            entry.lost = True
+        elif not entry.taken:
+            entry.taken = True
+            entry.on_taken()
+
+    async def _call(self, operation: str, names: Iterable[str], *words: str | int) -> Sequence[bytes]:
+        keys = [key for name in names for key in (name, f"{name}:records")]
+        answer: Sequence[bytes] = await self._script(keys=keys, args=[operation, self._keep_s, *words])
+        return answer
+
+    def _tell_lost(self, error: Exception) -> None:
+        if not self._lost:
+            self._lost = True
+            _log.error("journal_lost", error=f"{type(error).__name__}: {error}")
+
+
+def name_of(user: str, request_id: str) -> str:
+    """Of a reply in Redis; tells nothing of who asked what."""
+    digest = hashlib.blake2b(f"{user}\0{request_id}".encode(), digest_size=16).hexdigest()
+    return f"{{synthia:reply:{digest}}}"
+
+
+def digest_of(route: str, body: bytes) -> str:
+    """What tells one request from another of the same name."""
+    return hashlib.blake2b(route.encode() + b"\0" + body, digest_size=16).hexdigest()
+
+
+def _words(entry: Entry) -> list[str | int]:
+    new = entry.records[entry.kept :]
+    state = "known" if entry.known else "new"
+    return [entry.owner, entry.run, entry.created, entry.digest, state, entry.kept, len(new), *new]
