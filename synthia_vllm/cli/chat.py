@@ -15,6 +15,7 @@ from synthia_vllm.prompt import SYSTEM_PROMPTS
 # The card: `output_file_path = "./Synthia-v3.0-11B-conversations.jsonl"`.
 CONVERSATIONS_FILE = "Synthia-v3.0-11B-conversations.jsonl"
 _LOOK_S = 10.0
+_PATIENCE_S = 15.0  # with a server that went away in the middle of a reply
 HELP = """\
 /reset          forget the conversation (the system message stays)
 /system TEXT    set the system message; 'tot' is the card's Tree of Thoughts; no TEXT removes it
@@ -58,14 +59,18 @@ def command(
     url: str, model: str, system: str | None, api_key: str, conversations: Path, max_tokens: int | None
 ) -> None:
     """Talk to a running server: type, read, Ctrl-C stops a reply, /help lists the commands."""
+    import httpx2
     from openai import OpenAI
 
-    # A local server needs no proxy, no retries of half-said replies.
+    from synthia_vllm.client import Resuming
+
+    # A local server needs no proxy, and a reply that is half said goes on or ends: it is not asked for again.
     url = url.rstrip("/")
     if not answers(url):
         click.echo(f"synthia-vllm: {_nobody(url)}", err=True)
         sys.exit(1)
-    client = OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=600)
+    http = httpx2.Client(transport=Resuming(patience_s=_PATIENCE_S), timeout=600)
+    client = OpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=600, http_client=http)
     conversation = Conversation(SYSTEM_PROMPTS.get(system, system) if system else None)
     options = {"model": model, **({"max_tokens": max_tokens} if max_tokens else {})}
     for line in _lines():

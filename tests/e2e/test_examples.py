@@ -31,7 +31,7 @@ def answered(name: str, url: str, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["chat.py", "stream.py", "claude.py"])
+@pytest.mark.parametrize("name", ["chat.py", "stream.py", "reconnect.py", "claude.py"])
 def test_it_answers(server: RunningServer, name: str) -> None:
     for words in ([], ["Who", "are", "you?"]):
         assert any(answered(name, server.url, *words).strip() for _ in range(5))  # a sampled reply may be empty
