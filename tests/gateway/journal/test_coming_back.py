@@ -15,6 +15,7 @@ from unittest import mock
 from uuid import uuid4
 
 import pytest
+import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,11 +57,13 @@ class Pair:
 
 
 @asynccontextmanager
-async def pair(folder: Path, redis_url: str, **engine: Any) -> AsyncIterator[Pair]:
-    limits = {"redis": redis_url}
+async def pair(
+    folder: Path, redis_url: str, *, timeouts: dict[str, float] | None = None, **engine: Any
+) -> AsyncIterator[Pair]:
+    settings: dict[str, Any] = {"limits": {"redis": redis_url}, "timeouts": timeouts or {}}
     async with (
-        house(folder, NullEnginePort(**engine), limits=limits) as first,
-        house(folder, NullEnginePort(**engine), limits=limits) as second,
+        house(folder, NullEnginePort(**engine), **settings) as first,
+        house(folder, NullEnginePort(**engine), **settings) as second,
     ):
         second.keys = first.keys
         yield Pair(first, second)
@@ -287,3 +290,16 @@ async def test_what_a_dead_gateway_had_reserved_holds_nobody_up(tmp_path: Path, 
         standing = await second.standing("alice")
         assert standing.concurrent_requests == 0
         assert standing.tokens_last_minute == sum(gateways.billed())
+
+
+async def test_replies_expire(tmp_path: Path, redis_url: str) -> None:
+    async with pair(tmp_path, redis_url, timeouts={"reply_kept": 1}) as gateways:
+        body = {**BODIES[CHAT], "stream": True}
+        await gateways.first.post("alice", CHAT, body, headers={ANSWERED: "one"})
+        keys = redis.Redis.from_url(redis_url)
+        assert list(keys.scan_iter("*reply*"))
+        async with asyncio.timeout(10):
+            while list(keys.scan_iter("*reply*")):
+                await asyncio.sleep(0.1)
+        reply = await gateways.second.post("alice", CHAT, body, headers={ANSWERED: "one", "Last-Event-ID": "0"})
+        assert reply.status == 410
