@@ -199,6 +199,21 @@ def test_each_has_its_part_while_redis_is_gone(redis_url: str) -> None:
     assert all(one.scheduler.room.capacity.tokens == TOKENS for one in fleet.members)
 
 
+def test_what_was_asked_again_since_the_answer_was_lost_counts_once(redis_url: str) -> None:
+    fleet = Fleet(redis_url, CAPACITY, users(3), gateways=1)
+    fleet.run(5)
+    (member,) = fleet.members
+    settlement, service = member.settlement, member.scheduler.counters.service
+    first = settlement.question()
+    for question in (first, first, settlement.question()):
+        fleet.script(keys=settlement.keys, args=question)
+        settlement.lost()
+    fleet.run(2)
+    fleet.script(keys=settlement.keys, args=first)  # it was long under way
+    fleet.settle(member)
+    assert {user.decode(): float(had) for user, had in fleet.redis.hgetall(settlement.keys[2]).items()} == service
+
+
 def test_a_redis_that_forgot_all_is_told_again(redis_server: RedisServer, redis_url: str) -> None:
     loads = users(12, homes=True)
     fleet = Fleet(redis_url, CAPACITY, loads)
