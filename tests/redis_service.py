@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,16 @@ class RedisServer:
             time.sleep(0.05)
         self.stop()
         raise RuntimeError("redis-server did not start")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """It takes connections and commands, and answers none."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         if self._process is not None:

@@ -11,7 +11,6 @@ import click
 from synthia_vllm.cli.reads import GATEWAY, settings_for
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
-from synthia_vllm.supervise import stop, supervise
 
 if TYPE_CHECKING:
     from synthia_vllm.engine.port import Capacity
@@ -85,11 +84,11 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
 
 @contextlib.asynccontextmanager
 async def _sharing(stack: "Gateway") -> AsyncIterator[None]:
-    """Divides the room by the number of gateways before the same engines: counted in Redis, or as set.
+    """Shares the queue with other gateways before the same engines, through Redis; or divides the room, as set.
 
     Raises SetupError where it is neither, and another one is there all the same.
     """
-    from synthia_vllm.gateway.fair.peers import Peers, claim
+    from synthia_vllm.gateway.fair.peers import claim, identity
 
     settings, number = stack.settings, stack.settings.fair.gateways
     stack.set_gateways(number or 1)
@@ -101,16 +100,8 @@ async def _sharing(stack: "Gateway") -> AsyncIterator[None]:
             for name in claimed:
                 name.close()
         return
-    url = settings.limits.redis.get_secret_value()
-    patience = settings.timeouts.redis
-    peers = Peers(url, settings.upstream, stack.set_gateways, least=number or 1, timeout=patience)
-    await peers.count()
-    counting = supervise("gateways", peers.run)
-    try:
+    async with stack.sharing([identity(url) for url in settings.upstream]):
         yield
-    finally:
-        await stop(counting)
-        await peers.close()
 
 
 def _pool(settings: Settings) -> "ReplicaPool":

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 
+import ray
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +17,7 @@ from synthia_vllm.engine.memory import read_geometry
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.app import Gateway
-from synthia_vllm.gateway.fair.peers import share
+from synthia_vllm.gateway.fair.peers import identity
 from synthia_vllm.gateway.observers.log import configure_logging
 from synthia_vllm.replicas.pool import ReplicaPool
 from synthia_vllm.settings import Settings, dump
@@ -90,7 +91,12 @@ class ClusterGateway:
         await self._ending.enter_async_context(pool)
         stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
         await self._ending.enter_async_context(stack)
-        pool.on_capacity = lambda capacity: stack.set_capacity(share(capacity, settings.cluster.gateways))
+        stack.set_gateways(settings.cluster.gateways)
+        if settings.limits.redis is not None:
+            await self._ending.enter_async_context(
+                stack.sharing([identity(f"ray://{ray.get_runtime_context().gcs_address}")])
+            )
+        pool.on_capacity = stack.set_capacity
         name = f"{os.uname().nodename}-{os.getpid()}"
         discovery = ServeDiscovery(ENGINE, ENGINE_ROUTE)
         tasks = [

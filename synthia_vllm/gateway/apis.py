@@ -208,16 +208,18 @@ class Apis:
         if self._arrivals is not None and length > _LONG_BODY:
             await self._arrivals.take_turn(exchange.account, exchange.id)
         prepared, constraint = await _run(work, length)
-        entry = None
+        entry, keeps_its_place = None, False
         if resumption is not None:
             if not prepared.streamed:
                 if resumption.had is not None:
                     raise RequestError("a reply that is not streamed has no events", param="Last-Event-ID")
                 if await resumption.claim_whole():  # it has an id of its own
                     prepared, constraint = await _run(work, length)
-            entry = resumption.put(prepared, self.engine.tokenizer)
+            entry, keeps_its_place = resumption.put(prepared, self.engine.tokenizer), resumption.keeps_its_place
         exchange.usage.prompt = prepared.prompt_tokens
-        exchange.request = Request(exchange.id, exchange.account, prepared, exchange.usage, queue_timeout, entry)
+        exchange.request = Request(
+            exchange.id, exchange.account, prepared, exchange.usage, queue_timeout, entry, keeps_its_place
+        )
         return exchange.request, constraint
 
     async def _resumption(self, exchange: Exchange, headers: Mapping[bytes, bytes]) -> Resumption | None:

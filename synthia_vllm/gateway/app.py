@@ -1,7 +1,8 @@
 """The stack: what every request passes on its way to an engine, and what is kept running beside it."""
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX, Routes
 from synthia_vllm.gateway.fair.layer import FairQueue
 from synthia_vllm.gateway.fair.peers import share
 from synthia_vllm.gateway.fair.scheduler import Scheduler
+from synthia_vllm.gateway.fair.shared import SharedQueue
 from synthia_vllm.gateway.journal.layer import Journaling
 from synthia_vllm.gateway.journal.store import Journals
 from synthia_vllm.gateway.limits.base import Limiter
@@ -243,9 +245,30 @@ class Gateway:
         self.scheduler.dispatch()
 
     def set_gateways(self, number: int) -> None:
-        """How many gateways are before the same engines now, this one among them."""
+        """How many gateways divide what the engines hold, this one among them; 1 where they share it through Redis."""
         self._gateways = number
         self.set_capacity(self._held)
+
+    @contextlib.asynccontextmanager
+    async def sharing(self, engines: Sequence[str]) -> AsyncIterator[None]:
+        """Shares the queue with the other gateways before engines of these names, through the Redis of the limits."""
+        settings = self.settings
+        assert settings.limits.redis is not None
+        queue = SharedQueue(
+            settings.limits.redis.get_secret_value(),
+            engines,
+            self.scheduler,
+            self.set_gateways,
+            least=self._gateways,
+            timeout=settings.timeouts.redis,
+        )
+        await queue.settle()
+        settling = supervise("shared_queue", queue.run)
+        try:
+            yield
+        finally:
+            await stop(settling)
+            await queue.close()
 
     async def state(self) -> dict[str, Any]:
         """The live view: users in flight and queued, service, limits used and left; tokens, requests, seconds."""

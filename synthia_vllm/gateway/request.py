@@ -96,6 +96,7 @@ class Request:
     usage: Usage
     queue_timeout: float | None = None  # seconds, from X-Queue-Timeout-S
     entry: Entry | None = None  # in the journal of replies
+    keeps_its_place: bool = False  # it has waited for its turn at another gateway
 
     @property
     def prompt_tokens(self) -> int:

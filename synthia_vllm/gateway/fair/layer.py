@@ -38,7 +38,7 @@ class FairQueue:
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         allowed = min(self.max_wait, request.queue_timeout or self.max_wait)
         scheduler = self.scheduler
-        if (predicted := self._predicted(request)) > allowed:
+        if not request.keeps_its_place and (predicted := self._predicted(request)) > allowed:
             raise Overloaded(
                 f"a wait of about {predicted:.0f} s is to be expected, more than the {allowed:g} s allowed",
                 predicted - allowed,
@@ -47,7 +47,7 @@ class FairQueue:
         ticket = scheduler.ticket(
             request.account, request.prompt_tokens, request.max_generated, partial(_set_done, turn)
         )
-        scheduler.join(ticket)
+        (scheduler.admit if request.keeps_its_place else scheduler.join)(ticket)
         failed = False
         try:
             if not ticket.running:

@@ -1,6 +1,8 @@
 """How much of the engine is taken: the tokens that running requests hold in its KV cache, and their number."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from synthia_vllm.engine.port import Capacity
 
@@ -8,6 +10,14 @@ _LEARNING_RATE = 0.1
 _MAX_USERS = 10_000  # whose usual length is remembered
 # Of both capacities, kept for users far below their share, so that they need not wait for another's end.
 _NEWCOMERS_SHARE = 1 / 16
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The most that this gateway may hold until it has settled with the others again."""
+
+    most: Capacity
+    newcomers: Capacity  # with requests of users far below their share
 
 
 class Room:
@@ -20,6 +30,7 @@ class Room:
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
+        self.lease: Lease | None = None  # None: all of the capacity is for this gateway
         self.tokens = 0
         self.requests = 0
         self._mean_generated: dict[str, float] = {}  # by user
@@ -39,11 +50,49 @@ class Room:
         """Whether one more request would find room. An empty engine takes anything."""
         if self.requests == 0:
             return True
-        share = 1.0 if newcomer else 1.0 - _NEWCOMERS_SHARE
-        most_tokens, most_requests = self.capacity.tokens, self.capacity.requests
-        if most_requests is not None and self.requests >= max(1, int(most_requests * share)):
+        lease = self.lease or self._all
+        most = lease.newcomers if newcomer else lease.most
+        if most.requests is not None and self.requests >= most.requests:
             return False
-        return most_tokens is None or self.tokens + tokens <= most_tokens * share
+        return most.tokens is None or self.tokens + tokens <= most.tokens
+
+    @property
+    def capacity(self) -> Capacity:
+        """What the engines hold."""
+        return self._all.newcomers
+
+    @capacity.setter
+    def capacity(self, capacity: Capacity) -> None:
+        tokens, requests, share = capacity.tokens, capacity.requests, 1.0 - _NEWCOMERS_SHARE
+        most = replace(
+            capacity,
+            tokens=None if tokens is None else int(tokens * share),
+            requests=None if requests is None else max(1, int(requests * share)),
+        )
+        self._all = Lease(most, capacity)
+
+    @property
+    def without_reserve(self) -> Capacity:
+        """What they hold, less what is kept for newcomers."""
+        return self._all.most
+
+    def lend(self, most: Sequence[float], free: Sequence[float], gateways: int) -> None:
+        """What this gateway may hold beside others, in tokens and requests; negative: without bound.
+
+        `free` is what they all leave, less what is kept for newcomers; of that, too, each has its part.
+        """
+        capacity, usual = self._all.newcomers, self._all.most
+        found = []
+        for whole, rest, lent, left, now in (
+            (capacity.tokens, usual.tokens, most[0], free[0], self.tokens),
+            (capacity.requests, usual.requests, most[1], free[1], self.requests),
+        ):
+            kept = 0 if whole is None or rest is None else max(0, int(min(whole - rest, whole - rest + left)))
+            found.append(None if lent < 0 else max(int(lent), now + max(min(1, kept), kept // gateways)))
+        self.lease = Lease(
+            replace(capacity, tokens=_bound(most[0]), requests=_bound(most[1])),
+            replace(capacity, tokens=found[0], requests=found[1]),
+        )
 
     def share(self, tokens: int, requests: int) -> float:
         """The part of what is in the engine that these are, of tokens or requests, whichever is more."""
@@ -73,3 +122,7 @@ class Room:
         self._mean_generated[user] = mean + _LEARNING_RATE * (generated - mean)
         of_all = float(generated) if self._mean_of_all is None else self._mean_of_all
         self._mean_of_all = of_all + _LEARNING_RATE * (generated - of_all)
+
+
+def _bound(most: float) -> int | None:
+    return None if most < 0 else int(most)

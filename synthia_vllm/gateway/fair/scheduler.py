@@ -7,6 +7,7 @@ from typing import Any
 from synthia_vllm.engine.port import Capacity
 from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.fair.counters import Counters
+from synthia_vllm.gateway.fair.elsewhere import Elsewhere, Told
 from synthia_vllm.gateway.fair.order import Order, Policy
 from synthia_vllm.gateway.fair.places import displaced
 from synthia_vllm.gateway.fair.rate import ServiceRate
@@ -42,6 +43,8 @@ class Scheduler:
         )
         self._forecast = Forecast(self._order, self.counters, self.room, clock)
         self.rate = self._forecast.rate
+        self.on_first: Callable[[], None] | None = None  # told of the first request to wait or to run
+        self._dispatched = [0.0, 0.0]  # cost, by class
 
     def ticket(self, account: Account, prompt: int, most: int, wake: Callable[[], None]) -> Ticket:
         batch = account.priority == "batch"
@@ -57,6 +60,17 @@ class Scheduler:
         if len(user.waiting) == 1:  # behind another of his own it is nobody's turn that was not before
             self._order.come(user)
             self.dispatch()
+        self._forecast.look(user)
+        if self.on_first is not None and (self.queued_requests if ticket.waiting else self.room.requests) == 1:
+            self.on_first()
+
+    def admit(self, ticket: Ticket) -> None:
+        """Sends a request to the engine at once, room or not: it has had its turn, and room, at another gateway."""
+        user = self._user(ticket)
+        if not user.waiting:  # as one who joins the queue: nobody comes with credit from elsewhere
+            self.counters.lift(user.name, self._order.mates(batch=ticket.batch), batch=ticket.batch)
+        ticket.held = self._needed(ticket)
+        self._start(ticket)
         self._forecast.look(user)
 
     def leave(self, ticket: Ticket) -> None:
@@ -86,20 +100,9 @@ class Scheduler:
         """Sends requests to the engine while there is room."""
         while (ticket := self._order.next(self._fits)) is not None:
             self._take_out(ticket, stays=True)
-            user = self._users[ticket.user]
-            ticket.running = True
-            self._in_engine.add(ticket)
-            ticket.owed = self.counters.cost(0, ticket.expected)
-            self.room.take(ticket.held)
-            user.running += 1
-            user.held += ticket.held
-            user.owed += ticket.owed
-            self.counters.charge_prompt(ticket.user, ticket.weight, ticket.prompt)
-            if self._order.contended:
-                ticket.contended = True
-                self._order.charge(ticket, self.counters.cost(ticket.prompt, ticket.expected))
+            self._start(ticket)
             ticket.wake()
-            self._forecast.look(user)
+            self._forecast.look(self._users[ticket.user])
 
     def add_tokens(self, ticket: Ticket, count: int) -> None:
         """Charges tokens that the engine has just generated for a running request."""
@@ -143,9 +146,43 @@ class Scheduler:
         """Seconds that such a request would wait if it came now; 0 where nothing is known yet."""
         room, user = self.room, self._users.get(account.user)
         expected = room.expected_generated(account.user, most)
-        fits = room.fits(room.held_by(prompt, expected), newcomer=self._is_newcomer(account.weight, user))
+        fits = room.fits(room.held_by(prompt, expected), newcomer=self._is_newcomer(account.user, account.weight, user))
         cost = self.counters.cost(prompt, expected)
         return self._forecast.wait(account, user, cost, self._in_engine, fits=fits)
+
+    def told(self) -> Told:
+        """What other gateways before the same engines have to know."""
+        counters, order = self.counters, self._order
+        first = order.first()
+        interactive, batch = order.mates(batch=False), order.mates(batch=True)
+        return Told(
+            floors=(counters.floor(interactive), counters.floor(batch)),
+            last_left=(counters.last_left(batch=False), counters.last_left(batch=True)),
+            next=(order.after_next(batch=False), order.after_next(batch=True)),
+            batch_is_due=order.batch_is_due and bool(batch),
+            need=(0, 0) if first is None else (self._needed(first), 1),
+            owed={user.name: user.owed / user.weight for user in self._users.values() if user.running},
+            dispatched=(self._dispatched[False], self._dispatched[True]),
+        )
+
+    def learn(self, elsewhere: Elsewhere, interactive: float = 0.0, batch: float = 0.0) -> None:
+        """What other gateways told, and the cost that they sent to the engines since the last time."""
+        self.counters.elsewhere = elsewhere
+        self._order.dispatched_elsewhere(interactive, batch)
+
+    def is_ahead_of_others(self) -> bool:
+        """Whether a user who waits at another gateway is further behind than who is next here."""
+        first = self._order.first()
+        return first is not None and self._order.is_ahead_of_others(first)
+
+    def leave_room(self, seconds: float) -> None:
+        """For so long, room that is free is for users of other gateways who are further behind."""
+        self._order.leaves_until = self.clock() + seconds
+
+    @property
+    def active(self) -> list[str]:
+        """Users with requests, waiting or running."""
+        return list(self._users)
 
     @property
     def running(self) -> dict[str, int]:
@@ -166,6 +203,8 @@ class Scheduler:
             "in_flight_tokens": self.room.tokens,
             "capacity_requests": self.room.capacity.requests,
             "capacity_tokens": self.room.capacity.tokens,
+            "lease_requests": self.room.lease and self.room.lease.most.requests,
+            "lease_tokens": self.room.lease and self.room.lease.most.tokens,
             "service_rate": self.rate.per_second,
             "users": {
                 name: {
@@ -188,16 +227,35 @@ class Scheduler:
             user.weight, user.batch = ticket.weight, ticket.batch
         return user
 
+    def _start(self, ticket: Ticket) -> None:
+        user = self._users[ticket.user]
+        ticket.running = True
+        self._in_engine.add(ticket)
+        ticket.owed = self.counters.cost(0, ticket.expected)
+        self.room.take(ticket.held)
+        user.running += 1
+        user.held += ticket.held
+        user.owed += ticket.owed
+        self.counters.charge_prompt(ticket.user, ticket.weight, ticket.prompt)
+        cost = self.counters.cost(ticket.prompt, ticket.expected)
+        self._dispatched[ticket.batch] += cost
+        if self._order.contended:
+            ticket.contended = True
+            self._order.charge(ticket, cost)
+
+    def _needed(self, ticket: Ticket) -> int:
+        ticket.expected = self.room.expected_generated(ticket.user, ticket.most)
+        return self.room.held_by(ticket.prompt, ticket.expected)
+
     def _fits(self, ticket: Ticket) -> bool:
         room = self.room
-        ticket.expected = room.expected_generated(ticket.user, ticket.most)
-        ticket.held = room.held_by(ticket.prompt, ticket.expected)
-        return room.fits(ticket.held, newcomer=self._is_newcomer(ticket.weight, self._users[ticket.user]))
+        ticket.held = self._needed(ticket)
+        return room.fits(ticket.held, newcomer=self._is_newcomer(ticket.user, ticket.weight, self._users[ticket.user]))
 
-    def _is_newcomer(self, weight: float, user: User | None) -> bool:
+    def _is_newcomer(self, name: str, weight: float, user: User | None) -> bool:
         """Whether what is kept for newcomers is for this user: who has less than half his share of the engine."""
         if user is None or not user.running:
-            return True
+            return name not in self.counters.elsewhere.owed
         return self.room.share(user.held, user.running) < weight / (2 * self._forecast.weights)
 
     def _take_out(self, ticket: Ticket, *, stays: bool = False) -> None:

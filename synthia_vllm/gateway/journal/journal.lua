@@ -63,6 +63,6 @@ redis.call('HSET', hash, 'owner', ARGV[3], 'live', now() + LEASE)
 redis.call('HDEL', hash, 'closed')
 redis.call('EXPIRE', hash, keep)
 redis.call('EXPIRE', list, keep)
-local answer = {'ok', found[1], found[2], found[3], found[7] or '0', found[8] or '0'}
+local answer = {'ok', found[1], found[2], found[3], found[6] or '0', found[7] or '0', found[8] or '0'}
 for _, record in ipairs(redis.call('LRANGE', list, 0, -1)) do answer[#answer + 1] = record end
 return answer

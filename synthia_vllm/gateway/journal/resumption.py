@@ -31,6 +31,11 @@ class Resumption:
     found: Found | None = None
 
     @property
+    def keeps_its_place(self) -> bool:
+        """Whether it goes on with a reply that was in the engine until its gateway died, or lost it to this one."""
+        return self.found is not None and not self.found.closed
+
+    @property
     def run(self) -> tuple[str, int]:
         """The reply's own id, and the Unix time of its beginning."""
         if self.found is None:

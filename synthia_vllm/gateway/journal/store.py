@@ -37,6 +37,7 @@ class Found:
 
     entry: Entry
     before: str  # the exchange that had it
+    closed: bool  # and was done with it: its client had left, or it was whole
 
 
 class Journals:
@@ -79,7 +80,7 @@ class Journals:
             raise ReplyNotKept("another request of yours has this X-Request-Id")
         if state != "ok":
             return None
-        before, run, created, settled, prompt, *records = rest
+        before, run, created, closed, settled, prompt, *records = rest
         entry = Entry(
             name,
             exchange.id,
@@ -92,7 +93,7 @@ class Journals:
             settled=int(settled),
             prompt_settled=prompt == "1",
         )
-        return Found(entry, before)
+        return Found(entry, before, closed == "1")
 
     def begin(self, entry: Entry) -> None:
         """Writes it from now on, with each period's other replies."""

@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -152,3 +153,19 @@ async def test_the_usual_length_is_learned_from_who_leaves_and_not_from_an_engin
     with pytest.raises(UpstreamLost):
         await collect(layer, make_request("bob", most=900))
     assert layer.scheduler.room.expected_generated("bob", 900) == 1  # what is known of the others
+
+
+async def test_who_has_had_his_turn_at_another_gateway_goes_on_at_once() -> None:
+    engine = Held()
+    scheduler = Scheduler(Capacity(requests=1))
+    queue = FairQueue(engine, scheduler=scheduler)
+    first, waiting = make_request("alice", id="1"), make_request("bob", id="2")
+    resumed = replace(make_request("carol", id="3"), keeps_its_place=True)
+    running = collecting(queue, [first, waiting, resumed])
+    await settle()
+    assert engine.entered == ["1", "3"]
+    assert (scheduler.room.requests, scheduler.queued_requests) == (2, 1)
+    engine.release.set()
+    await asyncio.gather(*running)
+    assert len(engine.entered) == 3
+    assert (scheduler.room.requests, scheduler.room.tokens, scheduler.queued_requests) == (0, 0, 0)
