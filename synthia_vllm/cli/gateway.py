@@ -62,7 +62,7 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
 
     admin = bind_admin(settings)
     async with _pool(settings) as pool:
-        stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
+        stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers, engines=settings.upstream)
         host, port = sock.getsockname()[:2]
 
         def ready() -> None:
