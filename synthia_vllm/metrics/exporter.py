@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from synthia_vllm import __version__
 from synthia_vllm.metrics import series
+from synthia_vllm.metrics.busy import LoopBusy
 from synthia_vllm.metrics.cells import Cap, Counts, Table, single
 from synthia_vllm.metrics.exposition import OPENMETRICS, TEXT, Exposition, read_page, sample_lines
 from synthia_vllm.metrics.fleet import Fleet
@@ -61,6 +62,7 @@ class Exporter:
         self._wait = wait
         self._more = more
         self._model = model
+        self._busy = LoopBusy()
         self._began = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
@@ -90,7 +92,7 @@ class Exporter:
         await asyncio.gather(*asking)
         sums = self.shared.tables if self.shared is not None and not own else {}
         page = Exposition(openmetrics)
-        for table in self.recorder.tables(self._waiting()):
+        for table in self._series():
             await page.add_table(sums.get(table.family.name, table))
         if self.shared is not None:
             await page.add_table(single(series.GATEWAYS, 1 if own else self.shared.gateways))
@@ -133,7 +135,10 @@ class Exporter:
 
     def _live_tables(self) -> list[Table]:
         in_flight = [self.fleet.in_flight()] if self.fleet is not None else []
-        return [*self.recorder.tables(self._waiting()), *self.recorder.live_tables(), *in_flight]
+        return [*self._series(), *self.recorder.live_tables(), *in_flight]
+
+    def _series(self) -> list[Table]:
+        return [*self.recorder.tables(self._waiting()), single(series.EVENT_LOOP_BUSY, self._busy.share)]
 
     def _tables(self) -> Tables:
         """What the live view shows; where it is shared, as it was at the last `refresh`."""
@@ -146,6 +151,7 @@ class Exporter:
         for tick in range(1, 2**62):
             await asyncio.sleep(max(0.0, began + tick * TICK_S - time.monotonic()))
             self.recorder.rates.tick()
+            self._busy.tick()
             if time.monotonic() - stepped < STEP_S - TICK_S / 2:
                 continue
             stepped = time.monotonic()

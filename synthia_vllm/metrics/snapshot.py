@@ -26,6 +26,7 @@ Merge = Callable[[float, float], float]
 _OVER_GATEWAYS: Mapping[str, Merge] = {  # gauges that are no sum
     series.SLO_OBJECTIVE.name: max,
     series.LEDGER_UP.name: min,
+    series.EVENT_LOOP_BUSY.name: max,
     "synthia_limits_shared_up": min,
 }
 
