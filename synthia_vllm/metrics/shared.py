@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 
 from synthia_vllm.metrics.cells import Cap, Table
 from synthia_vllm.metrics.series import OTHER
-from synthia_vllm.metrics.snapshot import Snapshot, Sums
+from synthia_vllm.metrics.snapshot import Snapshot, Sums, ToldLabels
 from synthia_vllm.supervise import stop, supervise
 
 PERIOD_S = 1.0  # how often each publishes: what one that is killed has counted since is lost
@@ -78,6 +78,7 @@ class SharedMetrics:
         self._own = own
         self._caps = names
         self._names: dict[str, dict[str, str]] = {label: {OTHER: OTHER} for label in names}  # as which each is told
+        self._told = ToldLabels(lambda label, name: self._names[label].get(name))
         self._clock = clock
         self._group = ""
         self._joined = 0.0
@@ -88,7 +89,7 @@ class SharedMetrics:
         self._answered = clock()
         self._seen: dict[str, _Seen] = {}
         self._texts: dict[str, bytes] = {}  # what Redis had when it was read last
-        self._decoded: dict[str, tuple[bytes, Snapshot]] = {}
+        self._decoded: dict[str, Snapshot] = {}
         self._sums = Sums()
         self._lost = False
         self._lock = asyncio.Lock()
@@ -156,8 +157,8 @@ class SharedMetrics:
         anew = late = False  # late: this is one that was not answered; what has been counted since comes after it
         while True:
             if self._unsure is None:
-                late, now = False, self._counted()
-                self._unsure = _Publication(self._known.number + 1, now, now.encode())
+                late, now = False, await self._counted()
+                self._unsure = _Publication(self._known.number + 1, now, await now.encode())
             else:
                 late = not anew
             asked = self._unsure
@@ -166,11 +167,11 @@ class SharedMetrics:
                 "publish", self._id, asked.number, text, int(left and not late), int(everything), int(anew)
             )
             if answer[0] == b"folded":
-                self._begin_anew(int(answer[1]))
+                await self._begin_anew(int(answer[1]))
             elif answer[0] == b"missing":
                 # So long away, it has been folded, and nobody remembers that; else Redis is empty.
                 if self._clock() - self._answered > _KEPT_S / 2:
-                    self._begin_anew(asked.number)
+                    await self._begin_anew(asked.number)
                 else:
                     await self._restore()
                     anew = True
@@ -207,16 +208,16 @@ class SharedMetrics:
                     names[name] = name if many < cap.limit else OTHER
                     many += 1
 
-    def _counted(self) -> Snapshot:
+    async def _counted(self) -> Snapshot:
         """By this process, and not told under an earlier id."""
-        found = Snapshot.of(self._own(), lambda label, name: self._names[label].get(name))
-        found.subtract(self._base)
+        found = await Snapshot.of(self._own(), self._told)
+        await found.subtract(self._base)
         return found
 
-    def _begin_anew(self, number: int) -> None:
+    async def _begin_anew(self, number: int) -> None:
         """Goes on under another id, from the publication that has been folded."""
         told = self._unsure if self._unsure is not None and self._unsure.number == number else self._known
-        self._base.add(told.snapshot, gauges=False)
+        await self._base.add(told.snapshot, gauges=False)
         self._id = uuid4().hex
         self._known, self._unsure = _Publication(0, Snapshot(), b""), None
 
@@ -243,9 +244,9 @@ class SharedMetrics:
 
     async def _fold(self, name: str) -> bool:
         gone = self._texts.get(_GONE, b"")
-        total = Snapshot.decode(gone) if gone else Snapshot()
-        total.add(Snapshot.decode(self._texts[name]), gauges=False)
-        text = total.encode()
+        total = await Snapshot.decode(gone) if gone else Snapshot()
+        await total.add(await Snapshot.decode(self._texts[name]), gauges=False)
+        text = await total.encode()
         if await self._ask("fold", name, self._seen[name].number, gone, text):
             self._texts[_GONE] = text
             del self._texts[name], self._seen[name]
@@ -265,22 +266,20 @@ class SharedMetrics:
         tables, total = list(self._own()), Snapshot()
         if self._lost:
             self._admit_alone()
-            total = self._counted()
-        living, read = 1, dict(self._decoded)
+            total = await self._counted()
+        living, read = 1, self._decoded
         self._decoded = {}
         for name, text in self._texts.items():
-            decoded = read[name] if name in read and read[name][0] == text else (text, Snapshot.decode(text))
-            self._decoded[name] = decoded
+            decoded = self._decoded[name] = await Snapshot.decode(text, read.get(name))
             if name == self._id:
                 if not self._lost:
-                    total.add(decoded[1])
+                    await total.add(decoded)
                 continue
             lives = self._lives(name)
             living += lives
-            total.add(decoded[1], gauges=lives)
-            await asyncio.sleep(0)
+            await total.add(decoded, gauges=lives)
         self.gateways = 1 if self._lost else living
-        self._sums.show(total, tables)
+        await self._sums.show(total, tables)
 
     async def _ask(self, operation: str, *words: str | int | bytes) -> Any:
         group = f"{_PREFIX}:{self._group}"

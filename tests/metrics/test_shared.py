@@ -14,7 +14,7 @@ from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Cap, Counts, Histograms, Table, single
 from synthia_vllm.metrics.series import Family
 from synthia_vllm.metrics.shared import FOLD_S, FRESH_S, SharedMetrics
-from synthia_vllm.metrics.snapshot import Snapshot
+from synthia_vllm.metrics.snapshot import Snapshot, ToldLabels
 from tests.redis_service import RedisServer
 
 WAIT = Family("synthia_queue_wait_seconds", "histogram", ("model",), "Waits.", (0.1, 1.0))
@@ -189,6 +189,26 @@ async def test_two_that_fold_at_once_count_the_one_that_is_gone_once(redis_url: 
     assert [service(await one.told()) for one in living] == [111111] * 3
 
 
+async def test_who_folds_by_what_is_no_longer_so_changes_nothing(redis_url: str) -> None:
+    """Another one has folded meanwhile, or the one that was gone is back."""
+    now = 0.0
+    late, quick, first, second, back = (Gateway(redis_url, lambda: now) for _ in range(5))
+    for number, one in enumerate((first, second, back)):
+        one.count(10**number)
+        await one.shared.refresh()
+    for one in (late, quick):
+        await one.shared.refresh()
+    now += FOLD_S + 1
+    for one in (late, quick):
+        await one.shared.refresh()
+    await quick.shared._fold(first.shared._id)
+    await late.shared._fold(second.shared._id)  # into a sum without the first one
+    back.count(1000)
+    await back.shared.refresh()
+    await quick.shared._fold(back.shared._id)  # without what it has published since
+    assert [service(await one.told()) for one in (late, quick, back)] == [1111] * 3
+
+
 async def test_what_redis_did_not_acknowledge_is_counted_once(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer is lost, and the gateway is folded before it asks again."""
     now = 0.0
@@ -216,7 +236,7 @@ async def test_what_redis_did_not_acknowledge_is_counted_once(redis_url: str, mo
     assert [service(await each.told()) for each in (one, other)] == [111, 111]
 
 
-def test_a_snapshot_is_exact_however_large_and_in_whatever_order() -> None:
+async def test_a_snapshot_is_exact_however_large_and_in_whatever_order() -> None:
     tables = []
     for value in (1e18, 0.1, 1e-3, 3e17):
         counts = Counts(series.FAIR_SERVICE)
@@ -226,8 +246,9 @@ def test_a_snapshot_is_exact_however_large_and_in_whatever_order() -> None:
     for order in (tables, tables[::-1]):
         total = Snapshot()
         for table in order:
-            total.add(Snapshot.decode(Snapshot.of([table], lambda _, name: name).encode()))
-        sums.append(total.encode())
+            told = await Snapshot.of([table], ToldLabels(lambda _, name: name))
+            await total.add(await Snapshot.decode(await told.encode()))
+        sums.append(await total.encode())
     assert sums[0] == sums[1]
 
 
