@@ -3,7 +3,7 @@
 import contextlib
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +13,7 @@ from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
 
 if TYPE_CHECKING:
+    from synthia_vllm.cli.gateways import Parent
     from synthia_vllm.engine.port import Capacity
     from synthia_vllm.gateway.app import Gateway
     from synthia_vllm.replicas.pool import ReplicaPool
@@ -31,7 +32,7 @@ def command(words: tuple[str, ...]) -> None:
 
 def gateway(settings: Settings) -> int:
     """Serves until a signal; returns the exit code."""
-    return serve_before_engines(settings, _serve)
+    return serve_before_engines(settings, _serve) if settings.gateways == 1 else _serve_beside(settings)
 
 
 def serve_before_engines(
@@ -40,12 +41,10 @@ def serve_before_engines(
     """Runs what serves on a socket before engines elsewhere; returns its exit code."""
     import uvloop
 
-    from synthia_vllm.gateway.edge.listener import bind, check_exposure
+    from synthia_vllm.gateway.edge.listener import bind
     from synthia_vllm.gateway.observers.log import configure_logging
 
-    if not settings.upstream:
-        raise SetupError("--upstream: name at least one engine, for instance --upstream http://127.0.0.1:8001")
-    check_exposure(settings)
+    _check(settings)
     configure_logging(settings.log)
     sock = bind(settings)
     try:
@@ -55,19 +54,70 @@ def serve_before_engines(
         sock.close()
 
 
-async def _serve(settings: Settings, sock: socket.socket) -> int:
+def _check(settings: Settings) -> None:
+    from synthia_vllm.gateway.edge.listener import check_exposure
+
+    if not settings.upstream:
+        raise SetupError("--upstream: name at least one engine, for instance --upstream http://127.0.0.1:8001")
+    check_exposure(settings)
+
+
+def _serve_beside(settings: Settings) -> int:
+    """Serves with several processes."""
+    import uvloop
+
+    import synthia_vllm.gateway.app
+    import synthia_vllm.replicas.pool  # noqa: F401  (once for all of them)
+    from synthia_vllm.cli.gateways import Gateways, Parent
+    from synthia_vllm.gateway.edge.listener import bind_beside
+    from synthia_vllm.gateway.observers.log import configure_logging
+
+    _check(settings)
+    if settings.limits.redis is None:
+        raise SetupError(
+            f"--gateways {settings.gateways}: each process would have limits, fair shares and metrics of its own; give "
+            "them a Redis, --limits.redis redis://…, or leave it at one"
+        )
+    configure_logging(settings.log)
+    first = bind_beside(settings)
+    ports, sockets = [sock.getsockname()[1] for sock in first], [first]
+
+    def listen() -> list[socket.socket]:
+        return sockets.pop() if sockets else bind_beside(settings, ports)
+
+    def serve(number: int, held: Sequence[socket.socket], parent: Parent) -> int:
+        configure_logging(settings.log, gateway=number)
+        code: int = uvloop.run(_serve(settings, held[0], held[1] if len(held) > 1 else None, parent))
+        return code
+
+    def ready() -> None:
+        _tell_ready(settings, [sock.getsockname()[:2] for sock in first], f" ({settings.gateways} processes)")
+
+    return Gateways(settings.gateways, listen, serve, ready).run()
+
+
+def _tell_ready(settings: Settings, addresses: "Sequence[tuple[str, int]]", processes: str = "") -> None:
+    host, port = addresses[0]
+    click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}{processes}", err=True)
+    for host, port in addresses[1:]:
+        click.echo(f"Keys and metrics: http://{host}:{port}", err=True)
+
+
+async def _serve(
+    settings: Settings, sock: socket.socket, admin: socket.socket | None = None, parent: "Parent | None" = None
+) -> int:
+    """`parent`: whose process this is one of, and who has opened the sockets."""
     from synthia_vllm.gateway.app import Gateway
     from synthia_vllm.gateway.edge.listener import DrainingServer, bind_admin, settle_memory
 
-    admin = bind_admin(settings)
+    if parent is None:
+        admin = bind_admin(settings)
     async with _pool(settings) as pool:
-        stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers)
-        host, port = sock.getsockname()[:2]
+        stack = Gateway(pool, settings, replicas=pool, replica_headers=pool.headers, engines=settings.upstream)
 
         def ready() -> None:
-            click.echo(f"Ready: http://{host}:{port} in front of {', '.join(settings.upstream)}", err=True)
-            if admin is not None:
-                click.echo("Keys and metrics: http://{}:{}".format(*admin.getsockname()[:2]), err=True)
+            if parent is None:
+                _tell_ready(settings, [each.getsockname()[:2] for each in (sock, admin) if each is not None])
             if pool.tokenizer is None:
                 click.echo(
                     "Prompts go as text, and are counted by estimate until the engine tells: give --tokenizer FOLDER "
@@ -78,7 +128,10 @@ async def _serve(settings: Settings, sock: socket.socket) -> int:
         async with stack, _sharing(stack):
             settle_memory()
             _follow(pool, stack)
-            drained = await DrainingServer(stack.app, settings, ready, admin=admin).run_until_stopped(sock)
+            server = DrainingServer(stack.app, settings, ready, admin=admin, manager=parent)
+            if parent is not None:
+                parent.when_gone(server.stop)
+            drained = await server.run_until_stopped(sock)
     return 0 if drained else 1
 
 

@@ -79,10 +79,10 @@ DOCTOR = Reads(
 GATEWAY = Reads(
     "synthia-vllm gateway",
     "Keys, limits, fair sharing and the bill in front of engines that run elsewhere.",
-    (*_GATEWAY, *_ADMIN, *_ENGINES_ELSEWHERE, "resume", "tokenizer", "engine.max_model_len", "replicas"),
+    (*_GATEWAY, *_ADMIN, *_ENGINES_ELSEWHERE, "resume", "gateways", "tokenizer", "engine.max_model_len", "replicas"),
     (
         *("upstream", "upstream_key", "tokenizer", "host", "port", "insecure", "access.mode", "access.database"),
-        *("limits.redis", "fair.gateways", "fair.max_wait_s", "config"),
+        *("gateways", "limits.redis", "fair.gateways", "fair.max_wait_s", "config"),
     ),
 )
 EXPORTER = Reads(

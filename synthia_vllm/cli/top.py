@@ -80,7 +80,9 @@ def show(view: dict[str, Any]) -> Group:
 
 def _server(server: dict[str, Any]) -> RenderableType:
     model = [server["model"]] if server["model"] else []
-    return Text("   ".join([*model, f"synthia-vllm {server['version']}", f"up for {_span(server['uptime_s'])}"]))
+    gateways = [f"{server['gateways']} gateways"] if server.get("gateways", 1) > 1 else []
+    words = [*model, f"synthia-vllm {server['version']}", f"up for {_span(server['uptime_s'])}", *gateways]
+    return Text("   ".join(words))
 
 
 def _head(view: dict[str, Any]) -> RenderableType:

@@ -75,6 +75,7 @@ def build_admin(gateway: "Gateway") -> FastAPI:
 
     @app.get("/admin/live")
     async def live() -> dict[str, Any]:
+        await gateway.exporter.refresh()
         return gateway.exporter.live()
 
     @app.get("/admin/keys")

@@ -24,7 +24,7 @@ from synthia_vllm.gateway.cache_sharing import CacheSharing
 from synthia_vllm.gateway.edge.hosts import Hosts
 from synthia_vllm.gateway.edge.routes import ADMIN_PREFIX, Routes
 from synthia_vllm.gateway.fair.layer import FairQueue
-from synthia_vllm.gateway.fair.peers import share
+from synthia_vllm.gateway.fair.peers import identity, share
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from synthia_vllm.gateway.fair.shared import SharedQueue
 from synthia_vllm.gateway.journal.layer import Journaling
@@ -48,11 +48,12 @@ from synthia_vllm.gateway.store.ready import StoresReady
 from synthia_vllm.gateway.store.usage import spent_tokens
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Table, single
-from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes
+from synthia_vllm.metrics.exporter import Exporter, MetricsRoutes, Share
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.limits import SHARED_UP
 from synthia_vllm.metrics.recorder import Recorder, Waiting
 from synthia_vllm.metrics.replicas import ReplicaSource
+from synthia_vllm.metrics.shared import SharedMetrics
 from synthia_vllm.secret_urls import REDIS_FORM, reveal
 from synthia_vllm.settings import Settings
 from synthia_vllm.supervise import stop, supervise
@@ -136,7 +137,9 @@ class Gateway:
         capacity: Capacity | None = None,
         replicas: ReplicaSource | None = None,
         replica_headers: Mapping[str, str] | None = None,
+        engines: Sequence[str] = (),
     ) -> None:
+        """`engines`: their URLs, where other gateways may be before them, with which what is counted is shared."""
         database = open_database(reveal(settings.access.database))
         self.engine = engine
         secret = load_secret(settings)
@@ -166,6 +169,7 @@ class Gateway:
             wait=settings.metrics.replica_wait_s,
             more=self._ledger_tables,
             model=lambda: engine.root,
+            share=_share(settings, engines),
         )
         metrics = Metrics(recorder, prompt_cost=fair.prompt_cost, generated_cost=fair.generated_cost)
         self._tracing = open_tracing(settings.tracing)
@@ -315,6 +319,13 @@ def _journals(settings: Settings) -> Journals | None:
     if limits.redis is None or not timeouts.reply_kept:
         return None
     return Journals(limits.redis.get_secret_value(), keep_s=timeouts.reply_kept, timeout=timeouts.redis)
+
+
+def _share(settings: Settings, engines: Sequence[str]) -> Share | None:
+    if settings.limits.redis is None or not engines:
+        return None
+    url, ids = settings.limits.redis.get_secret_value(), [identity(engine) for engine in engines]
+    return lambda own, names: SharedMetrics(url, ids, own, names, timeout=settings.timeouts.redis)
 
 
 def _limiter(settings: Settings, spent: Any) -> Limiter:

@@ -21,12 +21,12 @@ class Cap:
 
     def __init__(self, limit: int, known: tuple[str, ...] = ()) -> None:
         self.names: dict[str, None] = dict.fromkeys(known)
-        self._limit = limit
+        self.limit = limit
 
     def admit(self, name: str) -> str:
         if name in self.names:
             return name
-        if not name or len(self.names) >= self._limit:
+        if not name or len(self.names) >= self.limit:
             return OTHER
         self.names[name] = None
         return name
@@ -115,11 +115,12 @@ class Histograms:
         found = self.cells.get(labels)
         if found is None:
             found = self.cells[labels] = Histogram(self.family.buckets)
-            self._prefixes[labels] = self._prefix(labels)
         return found
 
     def pieces(self, openmetrics: bool) -> Iterator[str]:
         for labels, cell in list(self.cells.items()):
+            if labels not in self._prefixes:
+                self._prefixes[labels] = self._prefix(labels)
             *buckets, name, tail = self._prefixes[labels]
             running, lines = 0, []
             for place, (prefix, count) in enumerate(zip(buckets, cell.counts, strict=True)):

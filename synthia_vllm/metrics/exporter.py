@@ -3,7 +3,7 @@
 import asyncio
 import gzip
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import msgspec
@@ -12,7 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from synthia_vllm import __version__
 from synthia_vllm.metrics import series
-from synthia_vllm.metrics.cells import Counts, Table
+from synthia_vllm.metrics.busy import LoopBusy
+from synthia_vllm.metrics.cells import Cap, Counts, Table, single
 from synthia_vllm.metrics.exposition import OPENMETRICS, TEXT, Exposition, read_page, sample_lines
 from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.growth import COUNTERS, Totals
@@ -20,8 +21,13 @@ from synthia_vllm.metrics.history import STEP_S, History
 from synthia_vllm.metrics.live import live_view
 from synthia_vllm.metrics.local import LocalEngine
 from synthia_vllm.metrics.rates import TICK_S
-from synthia_vllm.metrics.recorder import Recorder, Waiting
+from synthia_vllm.metrics.recorder import Recorder, Tables, Waiting
+from synthia_vllm.metrics.shared import SharedMetrics
+from synthia_vllm.metrics.snapshot import of_process
 from synthia_vllm.supervise import supervise
+
+# Builds what shares the tables, given them and the labels that are bounded.
+Share = Callable[[Callable[[], Iterable[Table]], Mapping[str, Cap]], SharedMetrics]
 
 _VARY = ((b"vary", b"accept, accept-encoding"),)
 
@@ -43,21 +49,26 @@ class Exporter:
         wait: float = 0.2,
         more: Callable[[], Iterable[Table]] = tuple,
         model: Callable[[], str | None] = lambda: None,
+        share: Share | None = None,
     ) -> None:
-        """`model`: its folder or its id on the hub, for the live view."""
+        """`model`: its folder or its id on the hub, for the live view. `share`: counts are told to other gateways."""
         self.recorder = recorder
         self.fleet = fleet
-        self.history = History(recorder)
+        self.shared = share(self._own, {"user": recorder.users, "model": recorder.models}) if share else None
+        self.history = History(self._tables, begun=self.shared is None, clock=recorder.clock)
         self._waiting = waiting
         self._registry = registry
         self._local = LocalEngine(registry)
         self._wait = wait
         self._more = more
         self._model = model
+        self._busy = LoopBusy()
         self._began = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> "Exporter":
+        if self.shared is not None:
+            await self.shared.__aenter__()
         self._task = supervise("exporter", self._keep)
         return self
 
@@ -65,27 +76,45 @@ class Exporter:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self.shared is not None:
+            await self.shared.__aexit__()
         if self.fleet is not None:
             await self.fleet.close()
 
-    async def page(self, openmetrics: bool = False) -> bytes:
-        """All series. Waits for the replicas, as long as was said at most; gives way to streams in between."""
-        if self.fleet is not None:
-            await self.fleet.refresh(self._wait)
+    async def page(self, openmetrics: bool = False, own: bool = False) -> bytes:
+        """All series. Waits for the replicas, as long as was said at most; gives way to streams in between.
+
+        What is counted is of all gateways that share it, but for `own`.
+        """
+        asking = [self.fleet.refresh(self._wait)] if self.fleet is not None else []
+        if not own:
+            asking.append(self.refresh())
+        await asyncio.gather(*asking)
+        sums = self.shared.tables if self.shared is not None and not own else {}
         page = Exposition(openmetrics)
-        for table in self.recorder.tables(self._waiting()):
-            await page.add_table(table)
+        for table in self._series():
+            await page.add_table(sums.get(table.family.name, table))
+        if self.shared is not None:
+            await page.add_table(single(series.GATEWAYS, 1 if own else self.shared.gateways))
         if self.fleet is not None:
             await self.fleet.add_to(page)
         else:
             for table in _local_replica():
                 await page.add_table(table)
         for table in self._more():
-            await page.add_table(table)
+            await page.add_table(sums.get(table.family.name, table))
         await asyncio.sleep(0)
         blocks = read_page(generate_latest(self._registry).decode())
+        for name in blocks.keys() & sums.keys():
+            await page.add_table(sums[name])
+            del blocks[name]
         await page.add_blocks((block, sample_lines(block.samples)) for block in blocks.values())
         return await page.bytes()
+
+    async def refresh(self) -> None:
+        """Asks what the other gateways have counted, where it is shared: for `live`, and for the history."""
+        if self.shared is not None:
+            await self.shared.refresh()
 
     def targets(self) -> list[dict[str, Any]]:
         """For Prometheus' HTTP service discovery. On one machine there is nothing beside `/metrics`."""
@@ -96,22 +125,45 @@ class Exporter:
         if self.fleet is not None:
             self.fleet.follow()
         server = {"model": self._model(), "version": __version__, "uptime_s": time.monotonic() - self._began}
-        return {"server": server} | live_view(self.recorder, self._waiting(), self.history, self.fleet, self._local)
+        if self.shared is not None:
+            server["gateways"] = self.shared.gateways
+        return {"server": server} | live_view(self._tables(), self.recorder.slo, self.history, self.fleet, self._local)
+
+    def _own(self) -> Iterable[Table]:
+        """What other gateways are told."""
+        return [*self._live_tables(), *self._more(), *of_process(self._registry)]
+
+    def _live_tables(self) -> list[Table]:
+        in_flight = [self.fleet.in_flight()] if self.fleet is not None else []
+        return [*self._series(), *self.recorder.live_tables(), *in_flight]
+
+    def _series(self) -> list[Table]:
+        return [*self.recorder.tables(self._waiting()), single(series.EVENT_LOOP_BUSY, self._busy.share)]
+
+    def _tables(self) -> Tables:
+        """What the live view shows; where it is shared, as it was at the last `refresh`."""
+        if self.shared is not None and self.shared.tables:
+            return self.shared.tables
+        return {table.family.name: table for table in self._live_tables()}
 
     async def _keep(self) -> None:
         began = stepped = time.monotonic()
         for tick in range(1, 2**62):
             await asyncio.sleep(max(0.0, began + tick * TICK_S - time.monotonic()))
             self.recorder.rates.tick()
+            self._busy.tick()
             if time.monotonic() - stepped < STEP_S - TICK_S / 2:
                 continue
             stepped = time.monotonic()
             if self.fleet is not None:
                 await self.fleet.refresh(self._wait)
-            waiting = self._waiting()
+            await self.refresh()
+            in_flight, queued = (
+                sum(cell.value for cell in self._tables()[family.name].cells.values())
+                for family in (series.REQUESTS_IN_FLIGHT, series.REQUESTS_QUEUED)
+            )
             serving = self.fleet is None or self.fleet.serving
-            running = sum(waiting.in_flight.values()) if serving else None
-            self.history.step(running, sum(waiting.queued.values()), self._counted())
+            self.history.step(in_flight if serving else None, queued, self._counted())
 
     def _counted(self) -> dict[str, Totals]:
         """What the engines have counted, by engine."""
@@ -127,13 +179,17 @@ class Exporter:
 class Source(Protocol):
     """Whatever can be exported: a gateway (Exporter), or engines that stand alone (Sidecar)."""
 
-    async def page(self, openmetrics: bool = False) -> bytes: ...
+    async def page(self, openmetrics: bool = False, own: bool = False) -> bytes: ...
 
     def targets(self) -> list[dict[str, Any]]: ...
 
 
 class MetricsRoutes:
-    """Answers `/metrics` (OpenMetrics with exemplars, and gzip, to who asks for them) and `/sd`. A pure ASGI app."""
+    """Answers `/metrics` (OpenMetrics with exemplars, and gzip, to who asks for them) and `/sd`. A pure ASGI app.
+
+    `/metrics?scope=own` tells of the gateway that is asked, where several share what they count: for a Prometheus that
+    scrapes each of them.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -144,7 +200,8 @@ class MetricsRoutes:
         openmetrics = any(
             b"application/openmetrics-text" in value for name, value in scope["headers"] if name == b"accept"
         )
-        page = await self.source.page(openmetrics)
+        own = b"scope=own" in scope["query_string"].split(b"&")
+        page = await self.source.page(openmetrics, own)
         kind = OPENMETRICS if openmetrics else TEXT
         if not _takes_gzip(scope):
             return await _answer(send, kind, page, *_VARY)

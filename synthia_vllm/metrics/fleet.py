@@ -22,6 +22,8 @@ ANSWER_S = 5.0  # an engine that takes longer is stale
 _KEEP_GONE_S = 15 * 60.0  # so long one that is gone is shown as down
 _MOST_GONE_SHOWN = 32
 
+LIVE_IN_FLIGHT = series.Family("live_in_flight", "gauge", ("replica",), "Requests at a replica, for the live view.")
+
 _log = structlog.get_logger(__name__)
 
 
@@ -88,6 +90,13 @@ class Fleet:
         for engine in self.engines.values():
             await page.add_blocks(engine.page.lines())
         await page.add_blocks(self._gone.lines())
+
+    def in_flight(self) -> Counts:
+        """Requests of this gateway, by replica."""
+        found = Counts(LIVE_IN_FLIGHT)
+        for name, engine in self.engines.items():
+            found.cell(name).value = engine.view.in_flight
+        return found
 
     def targets(self) -> list[dict[str, Any]]:
         """For Prometheus' `http_sd_config`: where each replica is to be scraped."""

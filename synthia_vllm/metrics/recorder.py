@@ -2,18 +2,27 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from synthia_vllm.metrics import series
 from synthia_vllm.metrics.cells import Cap, Counts, Histograms, Table, single
 from synthia_vllm.metrics.rates import TokenRates
-from synthia_vllm.metrics.sketch import Sketch
+from synthia_vllm.metrics.series import Family
+from synthia_vllm.metrics.sketch import BOUNDS, Sketch
 from synthia_vllm.metrics.slo import Budget
 from synthia_vllm.prompt import MODEL_ALIASES
 from synthia_vllm.settings import MetricsSettings, SloSettings
 
 RESULTS = ("requests", "failed", "refused")  # what the live view counts: all that ended, and of them those
+LATENCIES = ("ttft", "queue", "engine", "itl")  # `queue` and `engine` are the two parts of `ttft`
+Tables = Mapping[str, Any]  # Counts or Histograms, by the names of their families
+
+# For the live view; on no page.
+LIVE_RESULTS = Family("live_results", "counter", ("result",), "Requests by RESULTS.")
+LIVE_LATENCY = Family("live_latency_seconds", "histogram", ("name",), "Latencies, to a percent.", BOUNDS)
+LIVE_SLO = Family("live_slo", "gauge", ("window", "result"), "Requests that met and missed, by window.")
 
 
 @dataclass(slots=True)
@@ -35,7 +44,7 @@ class Recorder:
         self.users = Cap(settings.max_users)
         self.models = Cap(settings.max_models, tuple(MODEL_ALIASES))
         self.rates = TokenRates(clock)
-        self.budget = Budget(slo.objective, clock)
+        self.budget = Budget(clock)
         self.requests = Counts(series.REQUESTS)
         self.prompt_tokens = Counts(series.PROMPT_TOKENS)
         self.generation_tokens = Counts(series.GENERATION_TOKENS)
@@ -47,8 +56,8 @@ class Recorder:
         self.service = Counts(series.FAIR_SERVICE)
         self.rejections = Counts(series.REJECTIONS)
         self.slo_requests = Counts(series.SLO_REQUESTS)
-        # For the live view only. `queue` and `engine` are the two parts of `ttft`.
-        self.latencies = {name: Sketch() for name in ("ttft", "queue", "engine", "itl")}
+        # For the live view only.
+        self.latencies = {name: Sketch() for name in LATENCIES}
         self.results = dict.fromkeys(RESULTS, 0)
 
     def user(self, name: str) -> str:
@@ -86,6 +95,17 @@ class Recorder:
             self.slo_requests,
             single(series.SLO_OBJECTIVE, self.slo.objective),
         )
+
+    def live_tables(self) -> Iterable[Table]:
+        """What the live view shows beside the series."""
+        results, latencies, slo = Counts(LIVE_RESULTS), Histograms(LIVE_LATENCY), Counts(LIVE_SLO)
+        for result, number in self.results.items():
+            results.cell(result).value = number
+        for name, sketch in self.latencies.items():
+            latencies.cells[name,] = sketch
+        for window, met, missed in self.budget.windows():
+            slo.cell(window, "met").value, slo.cell(window, "missed").value = met, missed
+        return results, latencies, slo
 
     def _latency(self, family: series.Family) -> Histograms:
         return Histograms(replace(family, labels=self.latency_labels("model", "user")))

@@ -105,6 +105,18 @@ SLO_REQUESTS = Family(
 SLO_OBJECTIVE = Family(
     "synthia_slo_objective", "gauge", (), "Share of requests that is to meet its targets (setting `slo.objective`)."
 )
+GATEWAYS = Family(
+    "synthia_gateways",
+    "gauge",
+    (),
+    "Living gateways before the same engines whose counts the page adds up (limits.redis); 1 while Redis is gone.",
+)
+EVENT_LOOP_BUSY = Family(
+    "synthia_event_loop_busy_ratio",
+    "gauge",
+    (),
+    "Share of the last minute in which the gateway's event loop computed; of several gateways the busiest.",
+)
 REPLICAS = Family("synthia_replicas", "gauge", ("state",), "Replicas by state: up, unproven, draining, out.")
 REPLICA_UP = Family(
     "synthia_replica_up",

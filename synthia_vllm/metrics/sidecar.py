@@ -49,7 +49,7 @@ class Sidecar:
             for name, url in self._urls.items()
         ]
 
-    async def page(self, openmetrics: bool = False) -> bytes:
+    async def page(self, openmetrics: bool = False, own: bool = False) -> bytes:
         await self._fleet.refresh(self._wait)
         self._note()
         page = Exposition(openmetrics)

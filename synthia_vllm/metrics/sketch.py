@@ -5,7 +5,10 @@ within 1 % of all that is in it (as in DDSketch, Masson et al., VLDB 2019). Look
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate
+
+from synthia_vllm.metrics.cells import Histogram
 
 _GROWTH = 1.02
 _LEAST, _MOST = 1e-5, 1e4  # seconds: what is less is told as 0, what is more as the last bound
@@ -21,27 +24,24 @@ def _bounds() -> tuple[float, ...]:
 BOUNDS = _bounds()
 
 
-class Sketch:
-    """Durations, in seconds, that were observed since the last `take`. Only the event loop writes here.
+class Sketch(Histogram):
+    """Durations, in seconds. Only the event loop writes here.
 
     `counts` stays the same list: whoever observes each token may hold on to it, and add to the place that
     `bisect_left(BOUNDS, seconds)` tells.
     """
 
-    __slots__ = ("counts",)
+    __slots__ = ()
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(BOUNDS) + 1)
+        super().__init__(BOUNDS)
 
-    def observe(self, seconds: float) -> None:
-        self.counts[bisect_left(BOUNDS, seconds)] += 1
 
-    def take(self, *shares: float) -> list[float | None]:
-        """The quantiles of these shares, above 0 and up to 1; None where nothing was observed. Begins anew."""
-        running = list(accumulate(self.counts))
-        self.counts[:] = [0] * len(self.counts)
-        total = running[-1]
-        return [_value(bisect_left(running, share * total)) if total else None for share in shares]
+def quantiles(counts: Sequence[int], *shares: float) -> list[float | None]:
+    """Those of these shares, above 0 and up to 1; None where nothing was observed."""
+    running = list(accumulate(counts))
+    total = running[-1]
+    return [_value(bisect_left(running, share * total)) if total else None for share in shares]
 
 
 def _value(place: int) -> float:

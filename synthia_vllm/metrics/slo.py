@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from synthia_vllm.settings import SloTargets
 
@@ -20,9 +20,7 @@ def meets(targets: SloTargets, ttft: float | None, itl: float | None, e2e: float
 class Budget:
     """Requests that met and missed over the last six hours, in steps of half a minute."""
 
-    def __init__(self, objective: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self.objective = objective
-        self.met = self.missed = 0  # since the start
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._steps: deque[list[float]] = deque()  # start, met, missed
 
@@ -33,18 +31,18 @@ class Budget:
             while now - self._steps[0][0] > max(WINDOWS_S.values()):
                 self._steps.popleft()
         self._steps[-1][1 if met else 2] += 1
-        self.met += met
-        self.missed += not met
 
-    def burn_rates(self) -> dict[str, float | None]:
-        """Missed requests over those that may be missed, by window: at 1 the budget is used up just in time.
-
-        None where there were no requests.
-        """
+    def windows(self) -> Iterator[tuple[str, float, float]]:
+        """Each window, and how many met and missed in it."""
         now = self._clock()
-        found: dict[str, float | None] = {}
         for name, seconds in WINDOWS_S.items():
             steps = [step for step in self._steps if now - step[0] <= seconds]
-            met, missed = sum(step[1] for step in steps), sum(step[2] for step in steps)
-            found[name] = missed / (met + missed) / (1 - self.objective) if met + missed else None
-        return found
+            yield name, sum(step[1] for step in steps), sum(step[2] for step in steps)
+
+
+def burn_rate(met: float, missed: float, objective: float) -> float | None:
+    """Missed requests over those that may be missed: at 1 the budget is used up just in time.
+
+    None where there were no requests.
+    """
+    return missed / (met + missed) / (1 - objective) if met + missed else None

@@ -76,6 +76,13 @@ class Settings(BaseSettings):
             "of them have one and the same model"
         ),
     ] = True
+    gateways: Annotated[
+        PositiveInt,
+        Field(
+            le=256,
+            description="`gateway` only: processes on this port, to use several cores; more than one need limits.redis",
+        ),
+    ] = 1
     tokenizer: Annotated[
         str | None,
         Field(

@@ -6,7 +6,8 @@ import gc
 import math
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -19,6 +20,8 @@ from synthia_vllm.gateway.edge.service_manager import ServiceManager
 from synthia_vllm.settings import LOOPBACK, Settings
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
+_ARRIVING_S = 0.3  # what a new connection gets for its first request when the server ends
 _CUT_S = 2.0  # most that requests which are cut take to end
 
 
@@ -53,11 +56,30 @@ def bind_admin(settings: Settings) -> socket.socket | None:
     return _bind("admin-", settings.admin_host or settings.host, settings.admin_port)
 
 
-def _bind(kind: str, host: str, port: int) -> socket.socket:
+def bind_beside(settings: Settings, ports: Sequence[int] = ()) -> list[socket.socket]:
+    """Sockets for one of several processes, and the one for operators where they have their own.
+
+    `ports` are those of the first process; it takes them from nobody: raises SetupError where somebody listens there.
+    """
+    if not ports:
+        alone = [bind(settings), bind_admin(settings)]
+        ports = [sock.getsockname()[1] for sock in alone if sock is not None]
+        for sock in alone:
+            if sock is not None:
+                sock.close()
+    hosts = (("", settings.host), ("admin-", settings.admin_host or settings.host))
+    return [_bind(kind, host, port, beside=True) for (kind, host), port in zip(hosts, ports, strict=False)]
+
+
+def _bind(kind: str, host: str, port: int, *, beside: bool = False) -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if beside:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
+        if beside:
+            sock.listen(_BACKLOG)  # before the process is there, which may be a while
     except OSError as error:
         sock.close()
         raise SetupError(f"--{kind}host {host} --{kind}port {port}: {error.strerror}; choose another") from None
@@ -71,7 +93,13 @@ class DrainingServer(uvicorn.Server):
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, on_ready: Callable[[], None], *, admin: socket.socket | None = None
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        on_ready: Callable[[], None],
+        *,
+        admin: socket.socket | None = None,
+        manager: ServiceManager | None = None,
     ) -> None:
         if admin is not None:
             app = AdminPort(app, admin.getsockname()[1])
@@ -90,7 +118,7 @@ class DrainingServer(uvicorn.Server):
         )
         super().__init__(config)
         self._on_ready = on_ready
-        self._manager = ServiceManager()
+        self._manager = manager or ServiceManager()
 
     async def run_until_stopped(self, sock: socket.socket) -> bool:
         """Serves until SIGTERM or SIGINT; True after a drain, False if it was cut.
@@ -124,6 +152,7 @@ class DrainingServer(uvicorn.Server):
             self._manager.ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._take_waiting(sockets or [])
         await super().shutdown(sockets)
         # uvicorn leaves what it cuts to end after us. Each request has a bill to write first.
         cut = list(self.server_state.tasks)
@@ -133,6 +162,34 @@ class DrainingServer(uvicorn.Server):
         if cut:
             await asyncio.wait(cut, timeout=_CUT_S)
 
+    async def _take_waiting(self, sockets: Sequence[socket.socket]) -> None:
+        """Accepts what waits before the sockets are closed, which would reset it, and lets its requests arrive."""
+        loop = asyncio.get_running_loop()
+        for sock in sockets:
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):  # there are no more
+                while True:
+                    taken, _ = sock.accept()
+                    await loop.connect_accepted_socket(self._protocol, taken)
+        for server in self.servers:
+            server.close()
+        for sock in sockets:
+            sock.close()
+        deadline = loop.time() + _ARRIVING_S
+        while loop.time() < deadline and any(_is_new(one) for one in self.server_state.connections):
+            await asyncio.sleep(_ARRIVING_S / 20)
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
     async def on_tick(self, counter: int) -> bool:
         self._manager.alive()
         return await super().on_tick(counter)
+
+
+def _is_new(connection: Any) -> bool:
+    """Whether no request has come on it yet."""
+    return connection.cycle is None

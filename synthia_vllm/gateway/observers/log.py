@@ -27,8 +27,11 @@ class Unfailing:
             sys.stderr.flush()
 
 
-def configure_logging(settings: LogSettings) -> None:
-    """Sets up structlog for this process: JSON for machines, or columns for people, on stderr."""
+def configure_logging(settings: LogSettings, gateway: int | None = None) -> None:
+    """Sets up structlog for this process: JSON for machines, or columns for people, on stderr.
+
+    `gateway`: which of several processes this is; each of its lines says so.
+    """
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if settings.format == "json"
@@ -37,6 +40,7 @@ def configure_logging(settings: LogSettings) -> None:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
+            *([] if gateway is None else [lambda _, __, line: {**line, "gateway": gateway}]),
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.dict_tracebacks if settings.format == "json" else structlog.processors.format_exc_info,
             *([] if settings.format == "json" else [_printable]),

@@ -1,0 +1,194 @@
+"""`synthia-vllm gateway --gateways N`: several processes on one port, as one server to clients and to who runs it."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from synthia_vllm.cli import gateways as gateways_module
+from synthia_vllm.cli.gateways import Gateways, Parent
+from tests.cli.test_commands import run
+from tests.running import Running, gateway, null_engine, until
+
+BODY = {"model": "synthia", "prompt": "x", "max_tokens": 40, "stream": True}
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Running]:
+    running = null_engine(tmp_path / "engine.log", "--tokens-per-second", "40").start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture
+def two(tmp_path: Path, engine: Running, redis_url: str) -> Iterator[Running]:
+    running = gateway(
+        tmp_path, [engine], "--gateways", "2", "--limits.redis", redis_url, "--log.format", "json"
+    ).start()
+    until(lambda: "(2 processes)" in running.log.read_text(), "both are ready")
+    yield running
+    if running.process is not None:
+        children = processes(running)
+        running.stop()
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive
+
+
+def processes(parent: Running) -> list[psutil.Process]:
+    assert parent.process is not None
+    return psutil.Process(parent.process.pid).children()
+
+
+def connections(process: psutil.Process) -> int:
+    return sum(one.status == psutil.CONN_ESTABLISHED for one in process.net_connections("tcp"))
+
+
+FINISHED = 'synthia_requests_total{user="anonymous",model="synthia",route="/v1/completions",outcome="finished"} %d'
+
+
+def tells(server: Running, *lines: str) -> bool:
+    return set(lines) <= set(httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines())
+
+
+async def ask(url: str, done: list[str], lost: list[str]) -> None:
+    """One stream, on a connection of its own. A refused one has lost nothing: another server can be asked."""
+    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+        try:
+            reply = await client.post(f"{url}/v1/completions", json=BODY)
+        except httpx.ConnectError:
+            return
+        except httpx.HTTPError as error:
+            lost.append(repr(error))
+            return
+    (done if reply.text.endswith("data: [DONE]\n\n") else lost).append(f"{reply.status_code} {reply.text[-80:]}")
+
+
+async def test_both_serve_one_that_is_killed_is_replaced_and_one_page_tells_of_all(two: Running) -> None:
+    done: list[str] = []
+    lost: list[str] = []
+    one, other = processes(two)
+    asked = [asyncio.create_task(ask(two.url, done, lost)) for _ in range(24)]
+    await asyncio.sleep(0.8)
+    assert min(connections(one), connections(other)) >= 4  # 24 connections in two halves by chance: 1 in 3,000
+    await asyncio.gather(*asked)
+    assert (len(done), lost) == (24, [])
+    await asyncio.to_thread(until, lambda: tells(two, FINISHED % 24, "synthia_gateways 2"), "one page tells of both", 5)
+    one.kill()
+    for _ in range(20):  # none waits for long for the one that is to come
+        await ask(two.url, done, lost)
+        if len(processes(two)) == 2 and one not in processes(two):
+            break
+    for _ in range(4):
+        await ask(two.url, done, lost)
+    assert lost == []
+    log = two.log.read_text()
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert [line["pid"] for line in lines if line["event"] == "gateway_process_died"] == [one.pid]
+    assert {line["gateway"] for line in lines if line["event"] == "request"} == {1, 2}
+
+
+async def test_sigterm_under_load_loses_nothing(two: Running) -> None:
+    done: list[str] = []
+    lost: list[str] = []
+    asked: list[asyncio.Task[None]] = []
+    assert two.process is not None
+    began = time.monotonic()
+    told = False
+    while time.monotonic() - began < 2.5:
+        asked.append(asyncio.create_task(ask(two.url, done, lost)))
+        await asyncio.sleep(0.02)
+        if not told and time.monotonic() - began > 1.5:
+            two.process.send_signal(signal.SIGTERM)
+            told = True
+    await asyncio.gather(*asked)
+    assert lost == []
+    assert len(done) >= 20
+    assert await asyncio.to_thread(two.process.wait, 20) == 0
+    two.process = None
+
+
+def test_they_end_when_their_parent_was_killed(two: Running) -> None:
+    children = processes(two)
+    two.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["gateway", "--gateways", "2", "--upstream", "http://127.0.0.1:1"], "add .*--limits.redis|--limits.redis"),
+        (
+            ["serve", "--gateways", "2"],
+            "--gateways: `synthia-vllm serve` does not read it; `synthia-vllm gateway` does",
+        ),
+    ],
+)
+def test_it_is_refused_where_it_can_not_be(words: list[str], told: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert re.search(told, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_what_stops_one_at_its_start_stops_all_and_is_told_once(tmp_path: Path, redis_url: str) -> None:
+    words = ("--gateways", "3", "--limits.redis", redis_url, "--upstream", "http://127.0.0.1:1", "--port", "0")
+    done = run("gateway", *words, "--access.database", f"sqlite:///{tmp_path}/none/keys.db")
+    assert done.returncode == 2
+    assert done.stderr.count("synthia-vllm: ") == 1
+
+
+# The parent alone: its processes are functions.
+
+
+def parent(number: int, monkeypatch: pytest.MonkeyPatch, serve: object, ready: object = lambda: None) -> Gateways:
+    monkeypatch.setattr(gateways_module, "_LOOK_S", 0.01)
+    return Gateways(number, list, serve, ready)  # type: ignore[arg-type]
+
+
+def test_one_that_fails_again_and_again_is_begun_later_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    starts = tmp_path / "starts"
+
+    def serve(number: int, _: object, told: Parent) -> int:
+        told.ready()
+        if number == 1:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+            while True:
+                time.sleep(10)
+        with starts.open("a") as file:
+            file.write("x")
+        time.sleep(0.05)
+        if len(starts.read_text()) == 4:
+            os.kill(os.getppid(), signal.SIGTERM)
+        return 7
+
+    assert parent(2, monkeypatch, serve).run() in (0, 7)
+    assert [float(found) for found in re.findall(r"again_in_s=([\d.]+)", capfd.readouterr().out)][:3] == [0.1, 0.2, 0.4]
+
+
+def test_one_that_hangs_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gateways_module, "_HUNG_S", 0.3)
+    starts = tmp_path / "starts"
+
+    def serve(number: int, _: object, told: Parent) -> int:
+        told.ready()
+        with starts.open("a") as file:
+            file.write("x")
+        if len(starts.read_text()) == 2:
+            os.kill(os.getppid(), signal.SIGTERM)
+            return 0
+        time.sleep(20)
+        return 1
+
+    assert parent(1, monkeypatch, serve).run() == 0
+    assert starts.read_text() == "xx"
