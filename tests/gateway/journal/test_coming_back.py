@@ -191,6 +191,8 @@ async def test_who_comes_back_while_the_gateway_still_generates_takes_it_over(tm
         assert before == (0, 0)
         assert after[0] > 0
         assert after[1] == 60
+        receipts = (await second.get("alice", "/v1/usage/one")).json()["data"]
+        assert sorted(one["generated_tokens"] for one in receipts) == [0, 60]
 
 
 @pytest.mark.parametrize("name", ["given", None])
