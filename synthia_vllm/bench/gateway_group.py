@@ -34,6 +34,9 @@ from synthia_vllm.bench.streams import processor_seconds
 
 NULL_MODEL = "null"
 NULL_TOKENS_PER_SECOND = 20  # of each stream: at full speed the null engine would be the limit
+# Of KV cache, that a null engine tells: more than all chats take, since it never looks whether they fit. With fewer our
+# fair queue, which does look, would hold some back, where others send them all on.
+NULL_BLOCKS = 2**18
 # Not asked for: the Rust routers leave the ids out, and replies are to be as long for all.
 _OMIT = frozenset({"return_token_ids"})
 _ANSWERS_WITHIN_S = 20.0
@@ -85,8 +88,8 @@ def engine_command(plan: Plan) -> list[str]:
     from synthia_vllm.prompt import template_path
 
     if plan.null:
-        rate = str(NULL_TOKENS_PER_SECOND)
-        return [sys.executable, "-m", "synthia_vllm.bench.null.engine", "--tokens-per-second", rate]
+        paced = ["--tokens-per-second", str(NULL_TOKENS_PER_SECOND), "--num-gpu-blocks", str(NULL_BLOCKS)]
+        return [sys.executable, "-m", "synthia_vllm.bench.null.engine", *paced]
     template = ["--chat-template", str(template_path()), "--chat-template-content-format", "string"]
     return [*plain_vllm(plan), *template, "--generation-config", "vllm"]
 
