@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from synthia_vllm.engine.port import Generation
 from synthia_vllm.engine.tokenizer import TextStream, Tokenizer
+from synthia_vllm.prompt.stops import stop_strings
 
 
 class StopSearch:
@@ -14,6 +15,7 @@ class StopSearch:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
+        self._ended = stop_strings(tuple(stops)).ended
         self._kept = max(map(len, stops), default=1) - 1
         self._tail = ""  # of the text before: what a stop string may have begun in
 
@@ -23,6 +25,9 @@ class StopSearch:
         No stop string may end in the first `exempt` characters.
         """
         known = self._tail + text
+        if self._ended(text) is None:  # the usual case: nothing in it can end a stop string
+            self._tail = known[-self._kept :] if self._kept else ""
+            return text, None
         before = len(self._tail) + exempt
         found, end = None, len(known) + 1
         for stop in self._stops:

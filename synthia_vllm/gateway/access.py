@@ -198,7 +198,8 @@ class RecordedReply:
         self._send = send
         self._form = form
 
-    async def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> Awaitable[None]:
+        """Not a coroutine of its own: it is called for each token."""
         if message["type"] == "http.response.start":
             self.started = True
             self._exchange.status = message["status"]
@@ -207,7 +208,7 @@ class RecordedReply:
             message = {**message, "headers": headers}
         elif not message.get("more_body", False):
             self.ended = True
-        await self._send(message)
+        return self._send(message)
 
     async def refuse(self, error: SynthiaError) -> None:
         """Answers with an error in the form of the API that was asked; nothing where a status is out already."""
