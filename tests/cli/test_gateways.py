@@ -16,6 +16,9 @@ import pytest
 
 from synthia_vllm.cli import gateways as gateways_module
 from synthia_vllm.cli.gateways import Gateways, Parent
+from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.edge.listener import bind_beside
+from synthia_vllm.settings import Settings
 from tests.cli.test_commands import run
 from tests.running import Running, gateway, null_engine, until
 
@@ -164,6 +167,18 @@ def test_what_stops_one_at_its_start_stops_all_and_is_told_once(tmp_path: Path, 
     done = run("gateway", *words, "--access.database", f"sqlite:///{tmp_path}/none/keys.db")
     assert done.returncode == 2
     assert done.stderr.count("synthia-vllm: ") == 1
+
+
+def test_the_ports_of_another_server_are_not_shared_with_it() -> None:
+    first = bind_beside(Settings(port=0, admin_port=0))
+    ports = [sock.getsockname()[1] for sock in first]
+    second = bind_beside(Settings(port=0, admin_port=0), ports)
+    assert [sock.getsockname()[1] for sock in second] == ports
+    for settings in (Settings(port=ports[0]), Settings(port=0, admin_port=ports[1])):
+        with pytest.raises(SetupError, match="choose another"):
+            bind_beside(settings)
+    for sock in (*first, *second):
+        sock.close()
 
 
 # The parent alone: its processes are functions.
