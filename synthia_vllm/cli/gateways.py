@@ -35,7 +35,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Parent(ServiceManager):
-    """What a gateway process tells its parent: that it is ready, and that its event loop runs."""
+    """What a gateway process tells its parent: that it is ready, that its event loop runs, and that it drains."""
 
     def __init__(self, told: int, alive: int) -> None:
         super().__init__({})
@@ -58,7 +58,7 @@ class Parent(ServiceManager):
         self._tell(b"r")
 
     def stopping(self) -> None:
-        """The parent told us."""
+        self._tell(b"s")
 
     def alive(self) -> None:
         if time.monotonic() - self._beat >= _BEAT_S:
@@ -80,6 +80,7 @@ class Place:
     sockets: list[socket.socket]
     pid: int = 0
     ready: bool = False
+    drains: bool = False  # and no longer says that it is alive
     pause: float = _FIRST_PAUSE_S
     began: float = 0.0
     told: float = 0.0  # when it last said that it is alive
@@ -147,7 +148,7 @@ class Gateways:
                 if not place.pid and now >= place.again_at:
                     self._start(place)
         for place in self._running():
-            if place.ready and now - place.told > _HUNG_S:
+            if place.ready and not place.drains and now - place.told > _HUNG_S:
                 _log.error("gateway_process_hangs", gateway=place.number, pid=place.pid, killed_after_s=_HUNG_S)
                 place.told = now
                 os.kill(place.pid, signal.SIGKILL)
@@ -181,6 +182,7 @@ class Gateways:
             if word:
                 told[pipe].told = time.monotonic()
                 told[pipe].ready = told[pipe].ready or b"r" in word
+                told[pipe].drains = told[pipe].drains or b"s" in word
             else:
                 time.sleep(_LOOK_S / 10)  # it ends
 
@@ -197,7 +199,8 @@ class Gateways:
         os.close(tell)
         os.close(alive)
         place.pid, place.pipes = pid, (told, held)
-        place.ready, place.began, place.told = False, time.monotonic(), time.monotonic()
+        place.ready, place.drains = False, False
+        place.began = place.told = time.monotonic()
 
     def _be(self, place: Place, parent: Parent, pipes: list[int]) -> NoReturn:
         """In the new process."""

@@ -122,8 +122,7 @@ class SharedMetrics:
     async def step(self) -> None:
         """What is done once a second: publishes, looks who is there, and folds those that have long been gone."""
         async with self._lock:
-            # A question of its own to a Redis that was gone: its loss leaves no doubt what has been published.
-            if self._lost and await self._guarded(self._redis.ping()) is None:
+            if self._lost and not await self._answers():
                 return
             if await self._guarded(self._publish()) is None or not self._old():
                 return
@@ -135,6 +134,13 @@ class SharedMetrics:
         while True:
             await asyncio.sleep(PERIOD_S)
             await self.step()
+
+    async def _answers(self) -> bool:
+        """Asked of a Redis that was gone, before anything is published: the loss of this leaves nothing in doubt."""
+        try:
+            return bool(await self._redis.ping())
+        except (RedisError, OSError, TimeoutError):
+            return False
 
     async def _guarded(self, asking: Awaitable[bool]) -> bool | None:
         """None where Redis is gone."""

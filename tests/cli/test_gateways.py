@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,9 @@ import pytest
 
 from synthia_vllm.cli import gateways as gateways_module
 from synthia_vllm.cli.gateways import Gateways, Parent
+from synthia_vllm.errors import SetupError
+from synthia_vllm.gateway.edge.listener import bind_beside
+from synthia_vllm.settings import Settings
 from tests.cli.test_commands import run
 from tests.running import Running, gateway, null_engine, until
 
@@ -58,59 +62,78 @@ def tells(server: Running, *lines: str) -> bool:
     return set(lines) <= set(httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines())
 
 
-async def ask(url: str, done: list[str], lost: list[str]) -> None:
-    """One stream, on a connection of its own. A refused one has lost nothing: another server can be asked."""
-    async with httpx.AsyncClient(trust_env=False, timeout=30) as client:
+@dataclass
+class Clients:
+    """Each request on a connection of its own."""
+
+    url: str
+    done: int = 0
+    lost: list[str] = field(default_factory=list)
+
+    async def __aenter__(self) -> "Clients":
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.AsyncClient(trust_env=False, timeout=30, limits=limits)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def ask(self) -> None:
+        """One stream. A connection that is refused has lost nothing: another server can be asked."""
         try:
-            reply = await client.post(f"{url}/v1/completions", json=BODY)
+            reply = await self._client.post(f"{self.url}/v1/completions", json=BODY)
         except httpx.ConnectError:
             return
         except httpx.HTTPError as error:
-            lost.append(repr(error))
+            self.lost.append(repr(error))
             return
-    (done if reply.text.endswith("data: [DONE]\n\n") else lost).append(f"{reply.status_code} {reply.text[-80:]}")
+        if reply.text.endswith("data: [DONE]\n\n"):
+            self.done += 1
+        else:
+            self.lost.append(f"{reply.status_code} {reply.text[-80:]}")
 
 
-async def test_both_serve_one_that_is_killed_is_replaced_and_one_page_tells_of_all(two: Running) -> None:
-    done: list[str] = []
-    lost: list[str] = []
+@pytest.fixture
+async def clients(two: Running) -> AsyncIterator[Clients]:
+    async with Clients(two.url) as found:
+        yield found
+
+
+async def test_both_serve_one_that_is_killed_is_replaced_and_one_page_tells_of_all(
+    two: Running, clients: Clients
+) -> None:
     one, other = processes(two)
-    asked = [asyncio.create_task(ask(two.url, done, lost)) for _ in range(24)]
+    asked = [asyncio.create_task(clients.ask()) for _ in range(24)]
     await asyncio.sleep(0.8)
     assert min(connections(one), connections(other)) >= 4  # 24 connections in two halves by chance: 1 in 3,000
     await asyncio.gather(*asked)
-    assert (len(done), lost) == (24, [])
+    assert (clients.done, clients.lost) == (24, [])
     await asyncio.to_thread(until, lambda: tells(two, FINISHED % 24, "synthia_gateways 2"), "one page tells of both", 5)
     one.kill()
     for _ in range(20):  # none waits for long for the one that is to come
-        await ask(two.url, done, lost)
+        await clients.ask()
         if len(processes(two)) == 2 and one not in processes(two):
             break
     for _ in range(4):
-        await ask(two.url, done, lost)
-    assert lost == []
+        await clients.ask()
+    assert clients.lost == []
     log = two.log.read_text()
     lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     assert [line["pid"] for line in lines if line["event"] == "gateway_process_died"] == [one.pid]
     assert {line["gateway"] for line in lines if line["event"] == "request"} == {1, 2}
 
 
-async def test_sigterm_under_load_loses_nothing(two: Running) -> None:
-    done: list[str] = []
-    lost: list[str] = []
+async def test_sigterm_under_load_loses_nothing(two: Running, clients: Clients) -> None:
     asked: list[asyncio.Task[None]] = []
     assert two.process is not None
-    began = time.monotonic()
-    told = False
-    while time.monotonic() - began < 2.5:
-        asked.append(asyncio.create_task(ask(two.url, done, lost)))
+    for number in range(120):
+        asked.append(asyncio.create_task(clients.ask()))
         await asyncio.sleep(0.02)
-        if not told and time.monotonic() - began > 1.5:
+        if number == 70:
             two.process.send_signal(signal.SIGTERM)
-            told = True
     await asyncio.gather(*asked)
-    assert lost == []
-    assert len(done) >= 20
+    assert clients.lost == []
+    assert 50 <= clients.done < 120
     assert await asyncio.to_thread(two.process.wait, 20) == 0
     two.process = None
 
@@ -144,6 +167,18 @@ def test_what_stops_one_at_its_start_stops_all_and_is_told_once(tmp_path: Path, 
     done = run("gateway", *words, "--access.database", f"sqlite:///{tmp_path}/none/keys.db")
     assert done.returncode == 2
     assert done.stderr.count("synthia-vllm: ") == 1
+
+
+def test_the_ports_of_another_server_are_not_shared_with_it() -> None:
+    first = bind_beside(Settings(port=0, admin_port=0))
+    ports = [sock.getsockname()[1] for sock in first]
+    second = bind_beside(Settings(port=0, admin_port=0), ports)
+    assert [sock.getsockname()[1] for sock in second] == ports
+    for settings in (Settings(port=ports[0]), Settings(port=0, admin_port=ports[1])):
+        with pytest.raises(SetupError, match="choose another"):
+            bind_beside(settings)
+    for sock in (*first, *second):
+        sock.close()
 
 
 # The parent alone: its processes are functions.

@@ -10,7 +10,7 @@ import redis.asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from synthia_vllm.metrics import series
+from synthia_vllm.metrics import series, shared
 from synthia_vllm.metrics.cells import Cap, Counts, Histograms, Table, single
 from synthia_vllm.metrics.series import Family
 from synthia_vllm.metrics.shared import FOLD_S, FRESH_S, SharedMetrics
@@ -172,6 +172,27 @@ async def test_while_redis_is_gone_the_others_last_sums_stand_and_it_gets_them_b
     assert service(await one.told()) == 6111
     assert service(await other.told()) == 6111
     assert one.shared.gateways == 2
+
+
+async def test_a_redis_that_takes_nothing_is_told_of_once(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(shared._log, "error", lambda event, **_: lines.append(event))
+    monkeypatch.setattr(shared._log, "warning", lambda event, **_: lines.append(event))
+    one = Gateway(redis_url)
+    one.count(1)
+    await one.told()
+    async with redis.asyncio.Redis.from_url(redis_url) as client:
+        await client.config_set("maxmemory", "1")
+        try:
+            one.count(10)
+            for _ in range(3):
+                await one.shared.step()
+            assert service(await one.told()) == 11
+        finally:
+            await client.config_set("maxmemory", "0")
+    await one.shared.step()
+    assert service(await one.told()) == 11
+    assert lines == ["metrics_not_shared", "metrics_shared_again"]
 
 
 async def test_two_that_fold_at_once_count_the_one_that_is_gone_once(redis_url: str) -> None:

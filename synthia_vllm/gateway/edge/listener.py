@@ -21,7 +21,8 @@ from synthia_vllm.settings import LOOPBACK, Settings
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048  # connections that wait to be accepted, as uvicorn has it
-_ARRIVING_S = 0.3  # what a new connection gets for its first request when the server ends
+_ARRIVING_S = 1.0  # what a new connection gets for its first request when the server ends
+_LOOK_S = 0.02
 _CUT_S = 2.0  # most that requests which are cut take to end
 
 
@@ -163,21 +164,30 @@ class DrainingServer(uvicorn.Server):
             await asyncio.wait(cut, timeout=_CUT_S)
 
     async def _take_waiting(self, sockets: Sequence[socket.socket]) -> None:
-        """Accepts what waits before the sockets are closed, which would reset it, and lets its requests arrive."""
+        """Accepts what waits in the sockets and closes them at once, which resets whatever waits then.
+
+        uvicorn's servers close theirs an event loop's turn late. What is new gets a moment to send its request.
+        """
         loop = asyncio.get_running_loop()
-        for sock in sockets:
-            sock.setblocking(False)
-            with contextlib.suppress(OSError):  # there are no more
-                while True:
-                    taken, _ = sock.accept()
-                    await loop.connect_accepted_socket(self._protocol, taken)
+        held = [sock.dup() for sock in sockets]
         for server in self.servers:
             server.close()
         for sock in sockets:
             sock.close()
+        await asyncio.sleep(0)
+        taken: list[socket.socket] = []
+        for sock in held:
+            sock.setblocking(False)
+            with sock, contextlib.suppress(OSError):  # there are no more
+                while True:
+                    taken.append(sock.accept()[0])
+        for connection in taken:
+            await loop.connect_accepted_socket(self._protocol, connection)
         deadline = loop.time() + _ARRIVING_S
         while loop.time() < deadline and any(_is_new(one) for one in self.server_state.connections):
-            await asyncio.sleep(_ARRIVING_S / 20)
+            if self.force_exit:
+                return
+            await asyncio.sleep(_LOOK_S)
 
     def _protocol(self) -> asyncio.Protocol:
         made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
