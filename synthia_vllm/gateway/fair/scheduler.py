@@ -154,15 +154,18 @@ class Scheduler:
         cost = self.counters.cost(prompt, expected)
         return self._forecast.wait(account, user, cost, self._in_engine, fits=fits)
 
-    def told(self) -> Told:
+    def first(self) -> Ticket | None:
+        """The request whose turn it is, whether it has room or not."""
+        return self._order.first()
+
+    def told(self, first: Ticket | None) -> Told:
         """What other gateways before the same engines have to know."""
         counters, order = self.counters, self._order
-        first = order.first()
         interactive, batch = order.mates(batch=False), order.mates(batch=True)
         return Told(
             floors=(counters.floor(interactive), counters.floor(batch)),
             last_left=(counters.last_left(batch=False), counters.last_left(batch=True)),
-            next=(order.after_next(batch=False), order.after_next(batch=True)),
+            next=(order.after_next(first, batch=False), order.after_next(first, batch=True)),
             batch_is_due=order.batch_is_due and bool(batch),
             need=(0, 0) if first is None else (self._needed(first), 1),
             owed={user.name: user.owed / user.weight for user in self._users.values() if user.running},
@@ -174,9 +177,8 @@ class Scheduler:
         self.counters.elsewhere = elsewhere
         self._order.dispatched_elsewhere(interactive, batch)
 
-    def is_ahead_of_others(self) -> bool:
-        """Whether a user who waits at another gateway is further behind than who is next here."""
-        first = self._order.first()
+    def is_ahead_of_others(self, first: Ticket | None) -> bool:
+        """Whether a user who waits at another gateway is further behind than the one of this request."""
         return first is not None and self._order.is_ahead_of_others(first)
 
     def leave_room(self, seconds: float) -> None:

@@ -108,14 +108,14 @@ class Settlement:
     def question(self, *, leaves: bool = False) -> list[str | bytes]:
         """The arguments of settle.lua, which may be asked again where no answer came."""
         scheduler = self._scheduler
-        told, most = scheduler.told(), scheduler.room.without_reserve
-        waits = bool(scheduler.queued_requests)
+        first, most = scheduler.first(), scheduler.room.without_reserve
+        told = scheduler.told(first)
         question = _Question(
             beat=self._beat,
             group=self._group,
             engines=" ".join(self._engines),
             held=(scheduler.room.tokens, scheduler.room.requests),
-            waits=waits and (self._left >= _MOST_LEFT or not scheduler.is_ahead_of_others()),
+            waits=first is not None and (self._left >= _MOST_LEFT or not scheduler.is_ahead_of_others(first)),
             need=told.need,
             room=(_number(most.tokens), _number(most.requests)),
             dead=self._dead,
@@ -210,7 +210,7 @@ class Settlement:
 
     def _patience(self, elsewhere: Elsewhere, free: Sequence[float]) -> float:
         """Seconds for which free room is left to others: none where they did not take it the last times."""
-        if not self._scheduler.is_ahead_of_others():
+        if not self._scheduler.is_ahead_of_others(self._scheduler.first()):
             self._left = 0
         elif all(left >= need for left, need in zip(free, elsewhere.need, strict=True)):
             self._left += 1
