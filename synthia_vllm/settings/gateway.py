@@ -66,7 +66,7 @@ class LimitsSettings(BaseModel):
 
     redis: Annotated[
         Annotated[SecretStr, AfterValidator(redis_url)] | None,
-        Field(description="redis://… by which gateways share limits and the fair queue (default: of this process)"),
+        Field(description="redis://… by which gateways share limits and queue (default: in process)"),
     ] = None
     on_loss: Annotated[
         Literal["closed", "local"],
