@@ -43,7 +43,7 @@ class Scheduler:
         )
         self._forecast = Forecast(self._order, self.counters, self.room, clock)
         self.rate = self._forecast.rate
-        self.on_first: Callable[[], None] | None = None  # told of the first request to wait or to run
+        self.on_wait: Callable[[], None] | None = None  # told of a request that waits where none did
         self._dispatched = [0.0, 0.0]  # cost, by class
 
     def ticket(self, account: Account, prompt: int, most: int, wake: Callable[[], None]) -> Ticket:
@@ -61,8 +61,8 @@ class Scheduler:
             self._order.come(user)
             self.dispatch()
         self._forecast.look(user)
-        if self.on_first is not None and (self.queued_requests if ticket.waiting else self.room.requests) == 1:
-            self.on_first()
+        if self.on_wait is not None and ticket.waiting and self.queued_requests == 1:
+            self.on_wait()
 
     def leave(self, ticket: Ticket) -> None:
         """Takes a waiting request out, if it was not yet."""
@@ -151,6 +151,10 @@ class Scheduler:
         room, user = self.room, self._users.get(account.user)
         expected = room.expected_generated(account.user, most)
         fits = room.fits(room.held_by(prompt, expected), newcomer=self._is_newcomer(account.user, account.weight, user))
+        if room.lease is not None and self.counters.elsewhere.next == (None, None):
+            fits = (
+                fits or not self.queued_requests
+            )  # of what no gateway waits for, it gets more as soon as it has settled
         cost = self.counters.cost(prompt, expected)
         return self._forecast.wait(account, user, cost, self._in_engine, fits=fits)
 

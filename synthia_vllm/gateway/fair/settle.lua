@@ -77,13 +77,14 @@ end
 
 -- Its even part of what is free, among those with requests waiting, and of what no other one may take. Where nobody
 -- waits all have a part, so that what comes next need not wait either; one with nothing under way a small one, since it
--- settles less often, and at once when something comes. Where too much is held, all hold less.
+-- settles less often, and at once when something waits. Where too much is held, all hold less.
 local idle = mine.held[2] == 0 and not mine.waits
 local lease, free, enough = {}, {}, true
 for kind = 1, 2 do
   local part, room, own = 0, mine.room[kind], mine.held[kind]
   local left = room - own - held[kind]
-  if waiting == 0 then part = math.floor((idle and math.min(left, room / 16) or left) / number)
+  if number == 1 then part = left
+  elseif waiting == 0 then part = math.floor((idle and math.min(left, room / 16) or left) / number)
   elseif mine.waits then part = math.max(math.floor(left / waiting), mine.need[kind]) end
   part = math.max(0, math.min(part, room - own - most[kind]))
   if room < 0 then

@@ -57,6 +57,7 @@ class _Seen:
     beat: int
     at: float  # when it was first like this
     shares: bool  # engines with this one
+    lives: bool = False  # it changed under this one's eyes
     dispatched: tuple[float, float] | None = None
 
 
@@ -70,7 +71,7 @@ class Settlement:
     to divide by, else 1.
 
     Machines' clocks differ and are set, so that no value has a time in it: who has not raised its beat for `FRESH_S`
-    under this one's eyes is dead.
+    under this one's eyes is dead; sooner who has never raised it, such as the one whose place this one takes.
     """
 
     def __init__(
@@ -189,9 +190,9 @@ class Settlement:
                 shares = not self._engines.isdisjoint(entry.engines.split())
                 seen = self._seen[name] = _Seen(entry.beat, now, shares)
             elif seen.beat != entry.beat:
-                seen.beat, seen.at = entry.beat, now
+                seen.beat, seen.at, seen.lives = entry.beat, now, True
                 self._dead.pop(name, None)
-            elif now - seen.at > FRESH_S:
+            elif now - seen.at > (FRESH_S if seen.lives else 2 * IDLE_S):
                 self._dead[name] = entry.beat
             if queue and name not in self._dead:
                 one = msgspec.msgpack.decode(queue, type=Told)
