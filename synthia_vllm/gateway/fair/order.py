@@ -13,6 +13,9 @@ Policy = Literal["vtc", "fcfs"]
 
 # So long may smaller requests pass one that has no room, before room is kept free for it.
 _PASSING_S = 2.0
+# Of what the engines hold: so far a user may be ahead of those at other gateways. What is told of them is old by a
+# settlement, in which each may have got several requests: without slack all would leave room to all.
+_SLACK = 1 / 16
 
 
 class Order:
@@ -77,7 +80,7 @@ class Order:
         return None if self.policy == "fcfs" else self._passing(first, fits)
 
     def is_ahead_of_others(self, ticket: Ticket) -> bool:
-        """Whether another gateway has a user waiting who is further behind than the one of this request."""
+        """Whether another gateway has a user waiting who is clearly further behind than the one of this request."""
         elsewhere = self._counters.elsewhere
         if elsewhere.next == (None, None) or self.policy == "fcfs":
             return False
@@ -86,7 +89,11 @@ class Order:
         if ticket.batch and elsewhere.next[False] is not None and not self.batch_is_due:
             return True
         place = elsewhere.next[ticket.batch]
-        return place is not None and self.place(self._classes[ticket.batch][ticket.user]) > place
+        if place is None:
+            return False
+        room = self._room  # where engines tell no tokens: what is held here
+        slack = self._counters.cost(0, (room.capacity.tokens or room.tokens) * _SLACK)
+        return self.place(self._classes[ticket.batch][ticket.user]) > place + slack
 
     def after_next(self, first: Ticket | None, *, batch: bool) -> float | None:
         """The place of a class's next user, as it will be when he has had his request; None where nobody waits.
