@@ -76,7 +76,7 @@ class LimitsSettings(BaseModel):
 
     redis: Annotated[
         Annotated[SecretStr, AfterValidator(redis_url)] | None,
-        Field(description="redis://… shared by several gateways (default: counted in this process)"),
+        Field(description="redis://… by which gateways share limits and queue (default: in process)"),
     ] = None
     on_loss: Annotated[
         Literal["closed", "local"],
@@ -110,8 +110,8 @@ class FairSettings(BaseModel):
     gateways: Annotated[
         PositiveInt | None,
         Field(
-            description="`gateway` only: gateways before the same engines, each fills its part of them (default: as "
-            "many as limits.redis knows of, without it this one alone); those that Redis knows beyond it count too"
+            description="`gateway` only: gateways before the same engines, each fills its even part of them (default: "
+            "this one alone); with limits.redis they share one queue, and this is for as long as Redis is gone"
         ),
     ] = None
     max_queued_requests: Annotated[PositiveInt, Field(description="more are refused with 503")] = 2048

@@ -13,6 +13,9 @@ Policy = Literal["vtc", "fcfs"]
 
 # So long may smaller requests pass one that has no room, before room is kept free for it.
 _PASSING_S = 2.0
+# Of what the engines hold: so far a user may be ahead of those at other gateways. What is told of them is old by a
+# settlement, in which each may have got several requests: without slack all would leave room to all.
+_SLACK = 1 / 16
 
 
 class Order:
@@ -68,7 +71,7 @@ class Order:
 
     def next(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
         """The request to send to the engine now; None where nobody waits, or there is no room for who is next."""
-        first = self._first()
+        first = self.first()
         leaves = self._clock() <= self.leaves_until
         if first is None or (leaves and self.is_ahead_of_others(first)):
             return None
@@ -76,12 +79,8 @@ class Order:
             return first
         return None if self.policy == "fcfs" else self._passing(first, fits)
 
-    def first(self) -> Ticket | None:
-        """The request whose turn it is, if it has room or not."""
-        return self._first()
-
     def is_ahead_of_others(self, ticket: Ticket) -> bool:
-        """Whether another gateway has a user waiting who is further behind than the one of this request."""
+        """Whether another gateway has a user waiting who is clearly further behind than the one of this request."""
         elsewhere = self._counters.elsewhere
         if elsewhere.next == (None, None) or self.policy == "fcfs":
             return False
@@ -90,14 +89,21 @@ class Order:
         if ticket.batch and elsewhere.next[False] is not None and not self.batch_is_due:
             return True
         place = elsewhere.next[ticket.batch]
-        return place is not None and self.place(self._classes[ticket.batch][ticket.user]) > place
+        if place is None:
+            return False
+        room = self._room  # where engines tell no tokens: what is held here
+        slack = self._counters.cost(0, (room.capacity.tokens or room.tokens) * _SLACK)
+        return self.place(self._classes[ticket.batch][ticket.user]) > place + slack
 
-    def after_next(self, *, batch: bool) -> float | None:
-        """The place of a class's next user, as it will be when he has had his request; None where nobody waits."""
+    def after_next(self, first: Ticket | None, *, batch: bool) -> float | None:
+        """The place of a class's next user, as it will be when he has had his request; None where nobody waits.
+
+        `first` is the request whose turn it is, of either class.
+        """
         mates = self._classes[batch]
         if not mates:
             return None
-        user = min(mates.values(), key=self._key)
+        user = mates[first.user] if first and first.batch == batch else min(mates.values(), key=self._key)
         head = user.waiting[0]
         cost = self._counters.cost(head.prompt, self._room.expected_generated(user.name, head.most))
         return self.place(user) + cost / user.weight
@@ -129,7 +135,8 @@ class Order:
     def _key(self, user: User) -> tuple[float, int, float]:
         return self.place(user), user.running, user.waiting[0].joined
 
-    def _first(self) -> Ticket | None:
+    def first(self) -> Ticket | None:
+        """The request whose turn it is, whether it has room or not."""
         interactive, batch = self._classes[False], self._classes[True]
         if self.policy == "fcfs":
             heads = [user.waiting[0] for users in (interactive, batch) for user in users.values()]

@@ -43,7 +43,7 @@ class Scheduler:
         )
         self._forecast = Forecast(self._order, self.counters, self.room, clock)
         self.rate = self._forecast.rate
-        self.on_first: Callable[[], None] | None = None  # told of the first request to wait or to run
+        self.on_wait: Callable[[], None] | None = None  # told of a request that waits where none did
         self._dispatched = [0.0, 0.0]  # cost, by class
 
     def ticket(self, account: Account, prompt: int, most: int, wake: Callable[[], None]) -> Ticket:
@@ -61,8 +61,8 @@ class Scheduler:
             self._order.come(user)
             self.dispatch()
         self._forecast.look(user)
-        if self.on_first is not None and (self.queued_requests if ticket.waiting else self.room.requests) == 1:
-            self.on_first()
+        if self.on_wait is not None and ticket.waiting and self.queued_requests == 1:
+            self.on_wait()
 
     def admit(self, ticket: Ticket) -> None:
         """Sends a request to the engine at once, room or not: it has had its turn, and room, at another gateway."""
@@ -147,18 +147,25 @@ class Scheduler:
         room, user = self.room, self._users.get(account.user)
         expected = room.expected_generated(account.user, most)
         fits = room.fits(room.held_by(prompt, expected), newcomer=self._is_newcomer(account.user, account.weight, user))
+        if room.lease is not None and self.counters.elsewhere.next == (None, None):
+            fits = (
+                fits or not self.queued_requests
+            )  # of what no gateway waits for, it gets more as soon as it has settled
         cost = self.counters.cost(prompt, expected)
         return self._forecast.wait(account, user, cost, self._in_engine, fits=fits)
 
-    def told(self) -> Told:
+    def first(self) -> Ticket | None:
+        """The request whose turn it is, whether it has room or not."""
+        return self._order.first()
+
+    def told(self, first: Ticket | None) -> Told:
         """What other gateways before the same engines have to know."""
         counters, order = self.counters, self._order
-        first = order.first()
         interactive, batch = order.mates(batch=False), order.mates(batch=True)
         return Told(
             floors=(counters.floor(interactive), counters.floor(batch)),
             last_left=(counters.last_left(batch=False), counters.last_left(batch=True)),
-            next=(order.after_next(batch=False), order.after_next(batch=True)),
+            next=(order.after_next(first, batch=False), order.after_next(first, batch=True)),
             batch_is_due=order.batch_is_due and bool(batch),
             need=(0, 0) if first is None else (self._needed(first), 1),
             owed={user.name: user.owed / user.weight for user in self._users.values() if user.running},
@@ -170,9 +177,8 @@ class Scheduler:
         self.counters.elsewhere = elsewhere
         self._order.dispatched_elsewhere(interactive, batch)
 
-    def is_ahead_of_others(self) -> bool:
-        """Whether a user who waits at another gateway is further behind than who is next here."""
-        first = self._order.first()
+    def is_ahead_of_others(self, first: Ticket | None) -> bool:
+        """Whether a user who waits at another gateway is further behind than the one of this request."""
         return first is not None and self._order.is_ahead_of_others(first)
 
     def leave_room(self, seconds: float) -> None:

@@ -20,20 +20,24 @@ local before = entry(id)
 
 -- A question whose answer was lost is asked again: it is counted once, and one that comes late says nothing any more.
 if before and before.beat > mine.beat then return {} end
-if not before or before.beat < mine.beat then
+local names, totals = {}, {}
+for at = 1, #mine.users, 3 do names[#names + 1] = mine.users[at] end
+if names[1] then
+  for at, had in ipairs(redis.call('HMGET', service, unpack(names))) do totals[at] = tonumber(had or 0) end
+end
+if names[1] and (not before or before.beat < mine.beat) then
+  local changed = {}
+  for at, had in ipairs(totals) do
+    totals[at] = math.max(had, mine.users[3 * at - 1]) + mine.users[3 * at]
+    if totals[at] ~= had then
+      changed[#changed + 1] = names[at]
+      changed[#changed + 1] = string.format('%.17g', totals[at])
+    end
+  end
   -- Users away for long have no credit to lose; totals of the others come back with the next settlements.
   if redis.call('HLEN', service) > most_users then redis.call('DEL', service) end
-  for at = 1, #mine.users, 3 do
-    local user, known, more = mine.users[at], mine.users[at + 1], mine.users[at + 2]
-    local had = tonumber(redis.call('HGET', service, user) or 0)
-    local has = math.max(had, known) + more
-    if has ~= had then redis.call('HSET', service, user, string.format('%.17g', has)) end
-  end
+  if changed[1] then redis.call('HSET', service, unpack(changed)) end
   redis.call('EXPIRE', service, forgotten)
-end
-local totals = {}
-for at = 1, #mine.users, 3 do
-  totals[#totals + 1] = tonumber(redis.call('HGET', service, mine.users[at]) or 0)
 end
 
 for name, beat in pairs(mine.dead) do
@@ -73,13 +77,14 @@ end
 
 -- Its even part of what is free, among those with requests waiting, and of what no other one may take. Where nobody
 -- waits all have a part, so that what comes next need not wait either; one with nothing under way a small one, since it
--- settles less often, and at once when something comes. Where too much is held, all hold less.
+-- settles less often, and at once when something waits. Where too much is held, all hold less.
 local idle = mine.held[2] == 0 and not mine.waits
 local lease, free, enough = {}, {}, true
 for kind = 1, 2 do
   local part, room, own = 0, mine.room[kind], mine.held[kind]
   local left = room - own - held[kind]
-  if waiting == 0 then part = math.floor((idle and math.min(left, room / 16) or left) / number)
+  if number == 1 then part = left
+  elseif waiting == 0 then part = math.floor((idle and math.min(left, room / 16) or left) / number)
   elseif mine.waits then part = math.max(math.floor(left / waiting), mine.need[kind]) end
   part = math.max(0, math.min(part, room - own - most[kind]))
   if room < 0 then

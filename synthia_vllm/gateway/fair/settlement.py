@@ -57,6 +57,7 @@ class _Seen:
     beat: int
     at: float  # when it was first like this
     shares: bool  # engines with this one
+    lives: bool = False  # it changed under this one's eyes
     dispatched: tuple[float, float] | None = None
 
 
@@ -70,7 +71,7 @@ class Settlement:
     to divide by, else 1.
 
     Machines' clocks differ and are set, so that no value has a time in it: who has not raised its beat for `FRESH_S`
-    under this one's eyes is dead.
+    under this one's eyes is dead; sooner who has never raised it, such as the one whose place this one takes.
     """
 
     def __init__(
@@ -108,14 +109,14 @@ class Settlement:
     def question(self, *, leaves: bool = False) -> list[str | bytes]:
         """The arguments of settle.lua, which may be asked again where no answer came."""
         scheduler = self._scheduler
-        told, most = scheduler.told(), scheduler.room.without_reserve
-        waits = bool(scheduler.queued_requests)
+        first, most = scheduler.first(), scheduler.room.without_reserve
+        told = scheduler.told(first)
         question = _Question(
             beat=self._beat,
             group=self._group,
             engines=" ".join(self._engines),
             held=(scheduler.room.tokens, scheduler.room.requests),
-            waits=waits and (self._left >= _MOST_LEFT or not scheduler.is_ahead_of_others()),
+            waits=first is not None and (self._left >= _MOST_LEFT or not scheduler.is_ahead_of_others(first)),
             need=told.need,
             room=(_number(most.tokens), _number(most.requests)),
             dead=self._dead,
@@ -189,9 +190,9 @@ class Settlement:
                 shares = not self._engines.isdisjoint(entry.engines.split())
                 seen = self._seen[name] = _Seen(entry.beat, now, shares)
             elif seen.beat != entry.beat:
-                seen.beat, seen.at = entry.beat, now
+                seen.beat, seen.at, seen.lives = entry.beat, now, True
                 self._dead.pop(name, None)
-            elif now - seen.at > FRESH_S:
+            elif now - seen.at > (FRESH_S if seen.lives else 2 * IDLE_S):
                 self._dead[name] = entry.beat
             if queue and name not in self._dead:
                 one = msgspec.msgpack.decode(queue, type=Told)
@@ -210,7 +211,7 @@ class Settlement:
 
     def _patience(self, elsewhere: Elsewhere, free: Sequence[float]) -> float:
         """Seconds for which free room is left to others: none where they did not take it the last times."""
-        if not self._scheduler.is_ahead_of_others():
+        if not self._scheduler.is_ahead_of_others(self._scheduler.first()):
             self._left = 0
         elif all(left >= need for left, need in zip(free, elsewhere.need, strict=True)):
             self._left += 1

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from synthia_vllm.gateway.fair.settlement import IDLE_S, PERIOD_S, Settlement
 
-_LEAST_S = 0.02  # between two settlements, also where the first request of several comes
+_LEAST_S = 0.02  # between two settlements
 
 _log = structlog.get_logger(__name__)
 
@@ -22,8 +22,8 @@ _log = structlog.get_logger(__name__)
 class SharedQueue:
     """Settles a gateway's queue with those of the others (`Settlement`), beside the requests and never on their way.
 
-    Ten times a second while something waits or runs here and others are about, else once; and as soon as the first
-    request comes, or has to wait. `engines` are names of these that are the same for all gateways before them.
+    Ten times a second while something waits or runs here and others are about, else once; and as soon as a request
+    waits where none did. `engines` are names of these that are the same for all gateways before them.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class SharedQueue:
         self._script = self._redis.register_script((files(__package__) / "settle.lua").read_text())
         self._scheduler = scheduler
         self._settlement = Settlement(scheduler, engines, on_gateways, least=least)
-        self._first = asyncio.Event()
+        self._waits = asyncio.Event()
         self._lost = False
-        scheduler.on_first = self._first.set
+        scheduler.on_wait = self._hurry
 
     async def run(self) -> None:
         """Settles until it is cancelled."""
@@ -54,8 +54,8 @@ class SharedQueue:
             wait = PERIOD_S if self._settlement.busy else IDLE_S
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait - _LEAST_S):
-                    await self._first.wait()
-            self._first.clear()
+                    await self._waits.wait()
+            self._waits.clear()
 
     async def settle(self, *, leaves: bool = False) -> None:
         """Once; raises nothing where Redis is gone."""
@@ -75,6 +75,10 @@ class SharedQueue:
 
     async def close(self) -> None:
         """Leaves its part to the others at once; where Redis is gone they find out by its beat."""
-        self._scheduler.on_first = None
+        self._scheduler.on_wait = None
         await self.settle(leaves=True)
         await self._redis.aclose()
+
+    def _hurry(self) -> None:
+        if self._settlement.gateways > 1:
+            self._waits.set()

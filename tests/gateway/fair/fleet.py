@@ -74,7 +74,7 @@ class Fleet:
         def hurry() -> None:
             member.due = min(member.due, self.clock.now)
 
-        scheduler.on_first = hurry
+        scheduler.on_wait = hurry
         self.settle(member)
         return member
 

@@ -214,6 +214,22 @@ def test_what_was_asked_again_since_the_answer_was_lost_counts_once(redis_url: s
     assert {user.decode(): float(had) for user, had in fleet.redis.hgetall(settlement.keys[2]).items()} == service
 
 
+def test_what_redis_holds_of_the_queue_goes_after_a_day(redis_url: str) -> None:
+    fleet = Fleet(redis_url, CAPACITY, users(3))
+    fleet.run(5)
+    keys = fleet.redis.keys()
+    assert sorted(key.decode() for key in keys) == sorted(fleet.members[0].settlement.keys)
+    assert all(0 < fleet.redis.ttl(key) <= 86_400 for key in keys)
+
+
+def test_the_only_gateways_successor_has_all_of_the_engine_soon(redis_url: str) -> None:
+    fleet = Fleet(redis_url, CAPACITY, users(12), gateways=1)
+    fleet.run(10)
+    fleet.kill(0)
+    fleet.run(4)
+    assert fleet.held >= 0.85 * TOKENS
+
+
 def test_a_redis_that_forgot_all_is_told_again(redis_server: RedisServer, redis_url: str) -> None:
     loads = users(12, homes=True)
     fleet = Fleet(redis_url, CAPACITY, loads)
