@@ -5,6 +5,7 @@ What is counted is what the client gets, taken at the gateway's last step before
 Histograms have that label only with the setting `metrics.user_histograms`: they would be nearly all of the page.
 `model` is a name that the engine has answered to, else `other`. `replica` is `local` where the engine is in this
 process. Series that live elsewhere: `synthia_stream_resumes_total` in `replicas`, `synthia_limits_*` in `limits`,
+`synthia_replies_taken_up_total` in `gateway.journal.store`,
 `synthia_background_restarts_total` in `supervise`; vLLM's own `vllm:*` come from the engines.
 """
 

@@ -20,6 +20,8 @@ from synthia_vllm.gateway.request import Exchange, Usage
 
 PERIOD_S = 0.05  # between two writes
 _ALIVE_S = 1.0  # between two words of a reply of which nothing new is there
+_RETRY_S = 0.5  # while Redis is gone
+_MOST_LATE = 4096
 _GONE = (RedisError, OSError, TimeoutError)
 
 TAKEN_UP = Counter(
@@ -56,6 +58,8 @@ class Journals:
         self._keep_s = max(1, round(keep_s))
         self._open: dict[Entry, float] = {}  # when it was written last, by `time.monotonic`
         self._late: dict[Entry, Usage] = {}  # ended while Redis was gone
+        self._ending: set[asyncio.Task[None]] = set()
+        self._writing = asyncio.Lock()
         self._lost = False
 
     def entry(self, exchange: Exchange, digest: str) -> Entry:
@@ -100,30 +104,29 @@ class Journals:
         self._open[entry] = 0.0
 
     async def close(self, entry: Entry, usage: Usage) -> None:
-        """Says that the engine is done with it, and what it is billed for: nothing where another goes on with it."""
+        """Says that the engine is done with it, and what it is billed for: nothing where another goes on with it.
+
+        To its end, also where this is cancelled: what is billed here must be known there.
+        """
         self._open.pop(entry, None)
-        if not entry.taken and not entry.lost:
-            try:
-                if self._lost:
-                    raise TimeoutError  # asked after by `run`
-                await self._close(entry, usage)
-            except _GONE as error:
-                self._tell_lost(error)
-                self._late[entry] = usage
-        usage.taken = entry.taken
+        task = asyncio.create_task(self._end(entry, usage))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        await asyncio.shield(task)
 
     async def forget(self, entry: Entry) -> None:
         """The client has all of it, and can't come back for more."""
         if not self._lost and not entry.lost and not entry.taken:
             try:
-                await self._call("forget", [entry.name], entry.owner)
+                async with self._writing:  # a write that is under way would bring it back
+                    await self._call("forget", [entry.name], entry.owner)
             except _GONE as error:
                 self._tell_lost(error)
 
     async def run(self) -> None:
         """Writes until it is cancelled."""
         while True:
-            await asyncio.sleep(PERIOD_S)
+            await asyncio.sleep(_RETRY_S if self._lost else PERIOD_S)
             try:
                 await self.write()
             except _GONE as error:
@@ -140,9 +143,10 @@ class Journals:
         if due:
             words = [_words(entry) for entry in due]
             lengths = [len(entry.records) for entry in due]
-            answers = await self._call(
-                "append", [entry.name for entry in due], *(word for one in words for word in one)
-            )
+            async with self._writing:
+                answers = await self._call(
+                    "append", [entry.name for entry in due], *(word for one in words for word in one)
+                )
             for entry, length, answer in zip(due, lengths, answers, strict=True):
                 self._note(entry, length, answer)
                 if entry in self._open:
@@ -158,6 +162,18 @@ class Journals:
 
     async def aclose(self) -> None:
         await self._redis.aclose()
+
+    async def _end(self, entry: Entry, usage: Usage) -> None:
+        if not entry.taken and not entry.lost:
+            try:
+                if self._lost:
+                    raise TimeoutError  # asked after by `run`
+                await self._close(entry, usage)
+            except _GONE as error:
+                self._tell_lost(error)
+                if entry.known and len(self._late) < _MOST_LATE:
+                    self._late[entry] = usage
+        usage.taken = entry.taken
 
     async def _close(self, entry: Entry, usage: Usage) -> None:
         generated = max(usage.generated, entry.settled) if usage.accepted else entry.settled
