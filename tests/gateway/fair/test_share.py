@@ -1,7 +1,7 @@
-"""A gateway of several."""
+"""A gateway's part of what the engines hold, where they are not counted together."""
 
-from synthia_vllm.cluster.gateway_app import share
 from synthia_vllm.engine.port import Capacity
+from synthia_vllm.gateway.fair.peers import share
 
 
 def test_gateways_divide_what_the_replicas_hold() -> None:
