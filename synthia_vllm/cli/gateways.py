@@ -122,14 +122,17 @@ class Gateways:
 
     def run(self) -> int:
         """Until a signal, or until one fails before all were ready. The exit code is 0 where all have drained."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-        # The first alone: what stops it would stop all of them, and is told once.
-        self._start(self._places[0])
-        while self._running() or not self._stopping:
-            self._look()
-        for place in self._places:
-            place.close()
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            # The first alone: what stops it would stop all of them, and is told once.
+            self._start(self._places[0])
+            while self._running() or not self._stopping:
+                self._look()
+            for place in self._places:
+                place.close()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         return self._code
 
     def _look(self) -> None:

@@ -223,11 +223,15 @@ class Apis:
         return exchange.request, constraint
 
     async def _resumption(self, exchange: Exchange, headers: Mapping[bytes, bytes]) -> Resumption | None:
-        """What the journal has to do with it; None where there is none. Claims what a client comes back for."""
+        """What the journal has to do with it; None where nothing is kept of it. Claims what a client comes back for.
+
+        Kept are replies to requests that have a name, by which their clients can come back.
+        """
         last = headers.get(b"last-event-id", b"")
-        if self._journals is None:
+        if self._journals is None or not exchange.named:
             if last:
-                raise ReplyNotKept("replies are not kept here (--limits.redis and --timeouts.reply-kept)")
+                why = "replies are not kept here (--limits.redis, --timeouts.reply-kept)"
+                raise ReplyNotKept("it needs its X-Request-Id" if self._journals is not None else why)
             return None
         resumption = Resumption(self._journals, self._release, exchange)
         if last:

@@ -71,6 +71,11 @@ class Exchange:
     reason: str = ""  # of a rejection or failure, one word: what metrics and logs name it
 
     @property
+    def named(self) -> bool:
+        """Whether its client gave it an X-Request-Id."""
+        return self.request_id != self.id
+
+    @property
     def route_name(self) -> str:
         """Its route without what clients choose in it: routes are labels."""
         return next((name for prefix, name in _ROUTES_BELOW if self.route.startswith(prefix)), self.route)

@@ -1,12 +1,13 @@
 """Puts a request into the journal, or goes on with one that is there."""
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from synthia_vllm.api.base import Prepared
 from synthia_vllm.engine.port import Said
 from synthia_vllm.engine.tokenizer import Tokenizer
-from synthia_vllm.errors import ReplyNotKept, RequestError
+from synthia_vllm.errors import Overloaded, ReplyNotKept, RequestError
 from synthia_vllm.gateway.journal.entry import Entry, Numbered
 from synthia_vllm.gateway.journal.records import Position, position, said
 from synthia_vllm.gateway.journal.store import TAKEN_UP, Found, Journals, digest_of
@@ -54,13 +55,14 @@ class Resumption:
         await self._take_over(self.found)
 
     async def claim_whole(self) -> bool:
-        """For a reply that is not streamed, whose client gave it a name: whether one of before goes on.
+        """For a reply that is not streamed: whether one of before goes on.
 
         Not one whose gateway is alive and still at it: then this is another request of the same name.
         """
-        if self.found is not None or self.exchange.request_id == self.exchange.id:
+        if self.found is not None:
             return False
-        self.found = await self.journals.claim(self.exchange, self._digest(), alive=False)
+        with contextlib.suppress(Overloaded):  # nobody can tell: it is a new one
+            self.found = await self.journals.claim(self.exchange, self._digest(), alive=False)
         if self.found is not None:
             await self._take_over(self.found)
         return self.found is not None

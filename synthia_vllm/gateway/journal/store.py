@@ -75,6 +75,8 @@ class Journals:
         """
         name = name_of(exchange.account.user, exchange.request_id)
         try:
+            if self._lost:
+                raise TimeoutError  # asked after by `run`
             answer = await self._call("claim", [name], exchange.id, digest, int(alive))
         except _GONE as error:
             self._tell_lost(error)

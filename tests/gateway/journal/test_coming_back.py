@@ -132,7 +132,7 @@ def test_the_rest_of_a_stream_is_the_same_as_without_a_cut(
     async def check(gateways: Pair, body: dict[str, Any], tokens: int, part: float) -> None:
         name = uuid4().hex
         before = gateways.billed()
-        undisturbed = await gateways.first.post("alice", path, body)
+        undisturbed = await gateways.first.post("alice", path, body, headers={ANSWERED: f"whole-{name}"})
         wanted, whole = events_of(undisturbed.body), gateways.billed()
         broken = await cut(gateways.first, path, body, tokens, name, dies=dies)
         got = events_of(broken.body)
@@ -242,6 +242,7 @@ async def test_two_requests_of_one_name_at_once_are_two(tmp_path: Path, redis_ur
         ({}, {"Last-Event-ID": "0.999999999"}, 400, None),
         ({}, {"Last-Event-ID": "0." + ".".join(["1"] * 40)}, 400, None),
         ({}, {"x-api-key": "bob"}, 410, "reply_not_kept"),
+        ({}, {ANSWERED: ""}, 410, "reply_not_kept"),
     ],
 )
 async def test_a_rest_that_is_not_there_is_refused(
@@ -265,6 +266,26 @@ async def test_a_gateway_that_keeps_nothing_says_so(tmp_path: Path) -> None:
         reply = await alone.post("alice", CHAT, headers={"Last-Event-ID": "3"})
         assert (reply.status, reply.json()["error"]["code"]) == (410, "reply_not_kept")
         assert "--limits.redis" in reply.json()["error"]["message"]
+
+
+async def test_without_a_name_nothing_is_kept_and_events_are_as_ever(tmp_path: Path, redis_url: str) -> None:
+    async with pair(tmp_path, redis_url) as gateways:
+        reply = await gateways.first.post("alice", CHAT, {**BODIES[CHAT], "stream": True})
+        assert reply.body.startswith(b"data: ")
+        assert b"\nid: " not in reply.body
+        assert not list(redis.Redis.from_url(redis_url).scan_iter("*reply*"))
+
+
+async def test_a_redis_that_is_gone_refuses_a_rest_and_nothing_else(tmp_path: Path) -> None:
+    async with pair(tmp_path, "redis://127.0.0.1:1", timeouts={"redis": 1.0}) as gateways:
+        for streamed in (False, True):
+            reply = await gateways.first.post(
+                "alice", CHAT, {**BODIES[CHAT], "stream": streamed}, headers={ANSWERED: "a"}
+            )
+            assert reply.status == 200
+        reply = await gateways.second.post("alice", CHAT, headers={ANSWERED: "a", "Last-Event-ID": "0"})
+        assert (reply.status, reply.headers[b"retry-after"]) == (503, b"1")
+    assert gateways.first.billed("alice")[1] == 10
 
 
 async def test_replies_with_more_than_ids_have_no_event_ids(tmp_path: Path, redis_url: str) -> None:
