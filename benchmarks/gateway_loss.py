@@ -23,12 +23,10 @@ import click
 
 from benchmarks.soak_stores import Store, redis_in, running
 from synthia_vllm import __version__
-from synthia_vllm.bench.gateway_loss import Read, figures, read_all
+from synthia_vllm.bench.gateway_loss import Read, billed, figures, read_all
 from synthia_vllm.bench.keys import make_key
 from synthia_vllm.bench.machine import machine
 from synthia_vllm.bench.processes import Launched, launch
-from synthia_vllm.gateway.store.database import open_database
-from synthia_vllm.gateway.store.usage import usage
 
 _RESULTS = Path(__file__).with_name("results") / "gateway_loss.json"
 _BILLED_S = 5.0
@@ -57,13 +55,13 @@ def main(upstream: str, tokenizer: str, streams: int, tokens: int, output: Path)
         texts: list[str] = []
         for scenario in SCENARIOS:
             fleet.complete()
-            before, fleet.moments = billed(folder), []
+            before, fleet.moments = billed(folder)[1], []
             disturb = partial(fleet.disturb, scenario)
             found = asyncio.run(read_all(fleet.urls, prompts, tokens, key=key, meanwhile=disturb))
             texts = texts or [one.text for one in found]
             time.sleep(_BILLED_S)
             told: dict[str, Any] = figures(texts, found, tokens, fleet.moments)
-            told["billed / counted by clients"] = (billed(folder) - before) / max(1, int(told["tokens"]))
+            told["billed / counted by clients"] = (billed(folder)[1] - before) / max(1, int(told["tokens"]))
             scenarios[scenario] = told
             click.echo(f"{scenario}: {json.dumps(told)}")
     report = {"machine": machine(), "version": __version__, "streams": streams, "tokens": tokens}
@@ -109,14 +107,6 @@ class Fleet:
             self.moments.append(time.monotonic())
             await asyncio.to_thread(self._redis.stop)
             await asyncio.to_thread(self._redis.start)
-
-
-def billed(folder: Path) -> int:
-    """Generated tokens."""
-    database = open_database(f"sqlite:///{folder}/synthia.db")
-    rows = usage(database, user="alice")
-    database.dispose()
-    return sum(row.generated_tokens for row in rows)
 
 
 if __name__ == "__main__":

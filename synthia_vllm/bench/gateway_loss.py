@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from synthia_vllm.client import AsyncResuming
+from synthia_vllm.gateway.store.database import open_database
+from synthia_vllm.gateway.store.usage import usage
 
 _PATIENCE_S = 120.0
 
@@ -128,3 +131,11 @@ def figures(wanted: Sequence[str], found: Sequence[Read], tokens: int, moments: 
         told["pause p95"] = round(statistics.quantiles(pauses, n=20)[-1], 3)
         told["longest pause"] = round(pauses[-1], 3)
     return told
+
+
+def billed(data: Path, user: str = "alice") -> tuple[int, int]:
+    """A user's tokens of prompts, and generated, by the ledger in a gateway's data folder."""
+    database = open_database(f"sqlite:///{data}/synthia.db")
+    rows = usage(database, user=user)
+    database.dispose()
+    return sum(row.prompt_tokens for row in rows), sum(row.generated_tokens for row in rows)

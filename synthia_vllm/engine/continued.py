@@ -1,12 +1,11 @@
 """Makes any engine go on behind what another gateway has told of a sequence."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from synthia_vllm.engine.port import Delta, Engine, Generation
-from synthia_vllm.engine.resume import resume, stateful
+from synthia_vllm.engine.resume import Replayed, resume, stateful
 from synthia_vllm.engine.transcript import Transcript
-from synthia_vllm.errors import UpstreamLost
 
 
 class Continued:
@@ -35,18 +34,14 @@ class Continued:
             yield Delta(finish="length")
             return
         rest = resume(generation, generation.prompt, known, whole=transcript.whole)
-        repeated = known if stateful(generation.sampling) else []
-        at = 0
+        replayed = Replayed(known if stateful(generation.sampling) else ())
         async with aclosing(self.engine.generate(rest)) as deltas:
             async for delta in deltas:
                 if delta.note:
                     yield delta
                     continue
-                expected = repeated[at : at + len(delta.ids)]
-                if expected:
-                    _check(expected, delta, whole=at + len(expected) == len(repeated))
-                    at += len(expected)
-                    delta.ids = delta.ids[len(expected) :]
+                if skipped := replayed.skip(delta.ids, ends=delta.finish is not None):
+                    delta.ids = delta.ids[skipped:]
                     if not delta.ids and delta.finish is None:
                         continue
                 if delta.cached is not None:  # to the engine, what was said may have been prompt
@@ -65,11 +60,3 @@ def _retold(transcript: Transcript, delta: Delta) -> Delta:
     if isinstance(stop, str):
         delta.finish, delta.stop_reason = "stop", stop
     return delta
-
-
-def _check(expected: Sequence[int], delta: Delta, *, whole: bool) -> None:
-    if list(delta.ids[: len(expected)]) != list(expected) or (delta.finish is not None and not whole):
-        raise UpstreamLost(
-            "the engine did not say again what was said before: replays need "
-            "--logits-processors synthia_vllm.engine.replay:Replay"
-        )

@@ -6,8 +6,10 @@ from dataclasses import replace
 import msgspec
 
 from synthia_vllm.engine.port import Generation, Sampling
+from synthia_vllm.errors import UpstreamLost
 
 ARGUMENT = "synthia_replay"  # that `synthia_vllm.engine.replay` reads
+_NEEDS = "replays need --logits-processors synthia_vllm.engine.replay:Replay"
 _GREEDY = 1e-5  # vLLM takes a lower temperature for none (`sampling_params.py`)
 
 
@@ -26,6 +28,27 @@ def stateful(sampling: Sampling) -> bool:
         or sampling.bad_words
         or sampling.extra_args
     )
+
+
+class Replayed:
+    """The ids that an engine has to say again before it goes on."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+        self._said = 0
+
+    def skip(self, ids: Sequence[int], *, ends: bool) -> int:
+        """How many of an engine's next ids are these; `ends`: no more will come.
+
+        Raises UpstreamLost where they are others, or end before all was said.
+        """
+        if self._said == len(self._ids):
+            return 0
+        known = self._ids[self._said : self._said + len(ids)]
+        self._said += len(known)
+        if list(known) != list(ids[: len(known)]) or (ends and self._said < len(self._ids)):
+            raise UpstreamLost(f"the engine did not say again what its predecessor had said: {_NEEDS}")
+        return len(known)
 
 
 def resume(generation: Generation, prompt: Sequence[int], ids: Sequence[int], *, whole: bool = True) -> Generation:

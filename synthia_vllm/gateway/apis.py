@@ -28,7 +28,7 @@ from synthia_vllm.gateway.accounts import Account
 from synthia_vllm.gateway.delivery import Delivery
 from synthia_vllm.gateway.edge.replies import send_json
 from synthia_vllm.gateway.journal.resumption import Release, Resumption
-from synthia_vllm.gateway.journal.store import Journals
+from synthia_vllm.gateway.journal.store import Journals, digest_of
 from synthia_vllm.gateway.limits.layer import Arrivals
 from synthia_vllm.gateway.own_usage import is_usage
 from synthia_vllm.gateway.request import Exchange, Layer, Observer, Request
@@ -233,7 +233,9 @@ class Apis:
                 why = "replies are not kept here (--limits.redis, --timeouts.reply-kept)"
                 raise ReplyNotKept("it needs its X-Request-Id" if self._journals is not None else why)
             return None
-        resumption = Resumption(self._journals, self._release, exchange)
+        body = exchange.body or b""
+        digest = await _run(partial(digest_of, exchange.route, body), len(body))
+        resumption = Resumption(self._journals, self._release, exchange, digest)
         if last:
             await resumption.claim(last)
         return resumption

@@ -8,15 +8,12 @@ from importlib.resources import files
 from typing import Any
 from uuid import uuid4
 
-import redis.asyncio
 import structlog
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from synthia_vllm.metrics.cells import Cap, Table
 from synthia_vllm.metrics.series import OTHER
 from synthia_vllm.metrics.snapshot import Snapshot, Sums, ToldLabels
+from synthia_vllm.redis_client import REDIS_GONE, open_redis
 from synthia_vllm.supervise import stop, supervise
 
 PERIOD_S = 1.0  # how often each publishes: what one that is killed has counted since is lost
@@ -70,9 +67,7 @@ class SharedMetrics:
     ) -> None:
         """`engines`: the same text at all gateways before one engine. `names`: the values of a label, by label."""
         self.gateways = 1  # living ones that `tables` tells of
-        self._redis = redis.asyncio.Redis.from_url(
-            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
-        )
+        self._redis = open_redis(url, timeout)
         self._script = self._redis.register_script(files(__package__).joinpath("shared.lua").read_text())
         self._engines = [f"{_PREFIX}:of:{engine}" for engine in engines]
         self._own = own
@@ -139,14 +134,14 @@ class SharedMetrics:
         """Asked of a Redis that was gone, before anything is published: the loss of this leaves nothing in doubt."""
         try:
             return bool(await self._redis.ping())
-        except (RedisError, OSError, TimeoutError):
+        except REDIS_GONE:
             return False
 
     async def _guarded(self, asking: Awaitable[bool]) -> bool | None:
         """None where Redis is gone."""
         try:
             found = await asking
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_GONE as error:
             if not self._lost:
                 _log.error("metrics_not_shared", error=str(error))
             self._lost, self._joined = True, 0.0

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from synthia_vllm.engine.port import Delta, Generation, Position
+from synthia_vllm.engine.resume import Replayed
 from synthia_vllm.engine.transcript import Transcript
-from synthia_vllm.errors import UpstreamLost
 from synthia_vllm.replicas.attempt import Attempt, AttemptLost, LossReason, all_of
 from synthia_vllm.replicas.detect import Endpoint
 from synthia_vllm.replicas.http import EngineRefused, error_message
@@ -57,7 +57,7 @@ class Reply(ABC):
         self.prompt_logprobs: list[msgspec.Raw] | None = None
         self.began_at = transcript.count - len(replayed)
         self._replayed = replayed
-        self._repeated = 0  # of them, that have come
+        self._again = Replayed(replayed)
         self._cut = False  # ended by us: the engine would go on
         self._delta = Delta()  # that is being put together
         self._taken = 0  # tokens of those that were given
@@ -146,16 +146,8 @@ class Reply(ABC):
     ) -> None:
         """Adds tokens, whose text is made here, to a delta. `asked`: as `logprobs.positions` has it."""
         check_end(finish)
-        if self._repeated < len(self._replayed):
-            known = self._replayed[self._repeated : self._repeated + len(ids)]
-            ends_early = finish and self._repeated + len(known) < len(self._replayed)
-            if ends_early or list(known) != ids[: len(known)]:
-                raise UpstreamLost(
-                    "the engine did not say again what its predecessor had said: replays need "
-                    "--logits-processors synthia_vllm.engine.replay:Replay"
-                )
-            self._repeated += len(known)
-            ids, content = ids[len(known) :], content[len(known) :]
+        if skipped := self._again.skip(ids, ends=bool(finish)):
+            ids, content = ids[skipped:], content[skipped:]
         found: list[Position] = []
         if self.with_logprobs and ids:
             assert self.transcript.tokenizer is not None

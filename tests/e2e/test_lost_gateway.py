@@ -8,9 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from synthia_vllm.bench.gateway_loss import Read, figures, read_all
-from synthia_vllm.gateway.store.database import open_database
-from synthia_vllm.gateway.store.usage import usage
+from synthia_vllm.bench.gateway_loss import Read, billed, figures, read_all
 from tests.conftest import RunningServer
 from tests.running import Running, gateway, new_key, until
 
@@ -39,18 +37,12 @@ def gateways(tmp_path: Path, server: RunningServer, redis_url: str) -> Iterator[
 
 
 def test_whoever_comes_back_has_the_same_reply_and_pays_once(gateways: list[Running], tmp_path: Path) -> None:
-    key = new_key(tmp_path, "alice")
+    key, data = new_key(tmp_path, "alice"), tmp_path / "data"
     urls = [one.url for one in gateways]
     for url in urls:
         until(
             lambda url=url: httpx.get(f"{url}/v1/models", headers={"x-api-key": key}).is_success, "the engine is known"
         )
-
-    def billed() -> tuple[int, int]:
-        database = open_database(f"sqlite:///{tmp_path}/data/synthia.db")
-        rows = usage(database, user="alice")
-        database.dispose()
-        return sum(row.prompt_tokens for row in rows), sum(row.generated_tokens for row in rows)
 
     async def kill(replies: Sequence[Read]) -> None:
         async with asyncio.timeout(120):
@@ -60,9 +52,11 @@ def test_whoever_comes_back_has_the_same_reply_and_pays_once(gateways: list[Runn
 
     undisturbed = asyncio.run(read_all(urls, PROMPTS, TOKENS, key=key))
     texts = [one.text for one in undisturbed]
-    until(lambda: billed()[1] == len(PROMPTS) * TOKENS, "the undisturbed ones are billed")
-    prompt = billed()[0]
+    until(lambda: billed(data)[1] == len(PROMPTS) * TOKENS, "the undisturbed ones are billed")
+    prompt = billed(data)[0]
     found = asyncio.run(read_all(urls, PROMPTS, TOKENS, key=key, whole_every=3, meanwhile=kill))
     told = figures(texts, found, TOKENS, [])
     assert (told["failed"], told["other texts"], told["other token counts"]) == (0, 0, 0), [one.error for one in found]
-    until(lambda: billed() == (2 * prompt, 2 * len(PROMPTS) * TOKENS), f"all is billed once: {json.dumps(told)}", 20)
+    until(
+        lambda: billed(data) == (2 * prompt, 2 * len(PROMPTS) * TOKENS), f"all is billed once: {json.dumps(told)}", 20
+    )

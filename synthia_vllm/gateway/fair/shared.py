@@ -5,14 +5,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
-import redis.asyncio
 import structlog
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from synthia_vllm.gateway.fair.scheduler import Scheduler
 from synthia_vllm.gateway.fair.settlement import IDLE_S, PERIOD_S, Settlement
+from synthia_vllm.redis_client import REDIS_GONE, open_redis
 
 _LEAST_S = 0.02  # between two settlements
 
@@ -36,9 +33,7 @@ class SharedQueue:
         least: int = 1,
         timeout: float = 1.0,
     ) -> None:
-        self._redis = redis.asyncio.Redis.from_url(
-            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
-        )
+        self._redis = open_redis(url, timeout)
         self._script = self._redis.register_script((files(__package__) / "settle.lua").read_text())
         self._scheduler = scheduler
         self._settlement = Settlement(scheduler, engines, on_gateways, least=least)
@@ -62,7 +57,7 @@ class SharedQueue:
         settlement = self._settlement
         try:
             answer = await self._script(keys=settlement.keys, args=settlement.question(leaves=leaves))
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_GONE as error:
             if settlement.lost() and not self._lost:
                 self._lost = True
                 _log.error("shared_queue_lost", error=str(error), gateways=settlement.gateways)

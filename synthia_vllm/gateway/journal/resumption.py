@@ -10,7 +10,7 @@ from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.errors import Overloaded, ReplyNotKept, RequestError
 from synthia_vllm.gateway.journal.entry import Entry, Numbered
 from synthia_vllm.gateway.journal.records import Position, position, said
-from synthia_vllm.gateway.journal.store import TAKEN_UP, Found, Journals, digest_of
+from synthia_vllm.gateway.journal.store import TAKEN_UP, Found, Journals
 from synthia_vllm.gateway.request import Exchange
 
 FROM_THE_START = b"*"  # as a Last-Event-ID: all that there is of a reply; where nothing is, it begins
@@ -28,6 +28,7 @@ class Resumption:
     journals: Journals
     release: Release
     exchange: Exchange
+    digest: str  # of what is asked
     had: Position | None = None
     found: Found | None = None
 
@@ -46,13 +47,10 @@ class Resumption:
     async def claim(self, last_event_id: bytes) -> None:
         """For a client that comes back. Raises RequestError, ReplyNotKept, Overloaded."""
         self.had = None if last_event_id == FROM_THE_START else position(last_event_id)
-        self.found = await self.journals.claim(self.exchange, self._digest(), alive=True)
-        if self.found is None:
-            if self.had is None:
-                return
+        await self._claim(alive=True)
+        if self.found is None and self.had is not None:
             TAKEN_UP.labels("not_kept").inc()
             raise ReplyNotKept("nothing is kept of it (any more)")
-        await self._take_over(self.found)
 
     async def claim_whole(self) -> bool:
         """For a reply that is not streamed: whether one of before goes on.
@@ -62,9 +60,7 @@ class Resumption:
         if self.found is not None:
             return False
         with contextlib.suppress(Overloaded):  # nobody can tell: it is a new one
-            self.found = await self.journals.claim(self.exchange, self._digest(), alive=False)
-        if self.found is not None:
-            await self._take_over(self.found)
+            await self._claim(alive=False)
         return self.found is not None
 
     def put(self, prepared: Prepared, tokenizer: Tokenizer | None) -> Entry | None:
@@ -77,7 +73,7 @@ class Resumption:
                 raise ReplyNotKept("it has several sequences or log-probabilities")
             return None
         (sequence,) = prepared.sequences
-        entry = self.found.entry if self.found is not None else self.journals.entry(self.exchange, self._digest())
+        entry = self.found.entry if self.found is not None else self.journals.entry(self.exchange, self.digest)
         entry.stops = sequence.sampling.stop
         if self.found is not None:
             if self.had is not None:
@@ -92,11 +88,10 @@ class Resumption:
             prepared.reply = Numbered(prepared.reply, entry, self.had)
         return entry
 
-    async def _take_over(self, found: Found) -> None:
-        await self.release(self.exchange.account.user, found.before)
-
-    def _digest(self) -> str:
-        return digest_of(self.exchange.route, self.exchange.body or b"")
+    async def _claim(self, *, alive: bool) -> None:
+        self.found = await self.journals.claim(self.exchange, self.digest, alive=alive)
+        if self.found is not None:
+            await self.release(self.exchange.account.user, self.found.before)
 
 
 def _keepable(prepared: Prepared, tokenizer: Tokenizer | None) -> bool:

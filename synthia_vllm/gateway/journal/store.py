@@ -7,22 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-import redis.asyncio
 import structlog
 from prometheus_client import Counter
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from synthia_vllm.errors import Overloaded, ReplyNotKept
 from synthia_vllm.gateway.journal.entry import Entry
 from synthia_vllm.gateway.request import Exchange, Usage
+from synthia_vllm.redis_client import REDIS_GONE, open_redis
 
 PERIOD_S = 0.05  # between two writes
 _ALIVE_S = 1.0  # between two words of a reply of which nothing new is there
 _RETRY_S = 0.5  # while Redis is gone
 _MOST_LATE = 4096
-_GONE = (RedisError, OSError, TimeoutError)
 
 TAKEN_UP = Counter(
     "synthia_replies_taken_up_total",
@@ -51,9 +47,7 @@ class Journals:
     """
 
     def __init__(self, url: str, *, keep_s: float, timeout: float = 1.0) -> None:
-        self._redis = redis.asyncio.Redis.from_url(
-            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
-        )
+        self._redis = open_redis(url, timeout)
         self._script = self._redis.register_script(files(__package__).joinpath("journal.lua").read_text())
         self._keep_s = max(1, round(keep_s))
         self._open: dict[Entry, float] = {}  # when it was written last, by `time.monotonic`
@@ -78,7 +72,7 @@ class Journals:
             if self._lost:
                 raise TimeoutError  # asked after by `run`
             answer = await self._call("claim", [name], exchange.id, digest, int(alive))
-        except _GONE as error:
+        except REDIS_GONE as error:
             self._tell_lost(error)
             raise Overloaded("what is kept of this reply can't be asked for now", 1.0) from None
         state, *rest = [word.decode() for word in answer]
@@ -122,7 +116,7 @@ class Journals:
             try:
                 async with self._writing:  # a write that is under way would bring it back
                     await self._call("forget", [entry.name], entry.owner)
-            except _GONE as error:
+            except REDIS_GONE as error:
                 self._tell_lost(error)
 
     async def run(self) -> None:
@@ -131,7 +125,7 @@ class Journals:
             await asyncio.sleep(_RETRY_S if self._lost else PERIOD_S)
             try:
                 await self.write()
-            except _GONE as error:
+            except REDIS_GONE as error:
                 self._tell_lost(error)
 
     async def write(self) -> None:
@@ -171,7 +165,7 @@ class Journals:
                 if self._lost:
                     raise TimeoutError  # asked after by `run`
                 await self._close(entry, usage)
-            except _GONE as error:
+            except REDIS_GONE as error:
                 self._tell_lost(error)
                 if entry.known and len(self._late) < _MOST_LATE:
                     self._late[entry] = usage

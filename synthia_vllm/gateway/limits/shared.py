@@ -6,11 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from importlib.resources import files
 
-import redis.asyncio
 import structlog
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from synthia_vllm.errors import Overloaded
 from synthia_vllm.gateway.accounts import UserLimits
@@ -18,6 +15,7 @@ from synthia_vllm.gateway.limits.base import OnLoss, Refusal, Standing, month_of
 from synthia_vllm.gateway.limits.billed import Billed, Spent
 from synthia_vllm.gateway.limits.memory import MemoryLimiter
 from synthia_vllm.metrics.limits import FALLBACKS, SHARED_UP
+from synthia_vllm.redis_client import REDIS_GONE, open_redis
 from synthia_vllm.supervise import stop, supervise
 
 LEASE_S = 30.0
@@ -53,9 +51,7 @@ class SharedLimiter:
         monotonic: Callable[[], float] | None = None,
         wall: Callable[[], float] | None = None,
     ) -> None:
-        self._redis = redis.asyncio.Redis.from_url(
-            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
-        )
+        self._redis = open_redis(url, timeout)
         self._script = self._redis.register_script(files(__package__).joinpath("limits.lua").read_text())
         self._on_loss = on_loss
         self._billed = Billed(spent, on_loss, answer_s=answer_s)
@@ -148,7 +144,7 @@ class SharedLimiter:
                     keys=[_prefix(user)],
                     args=[operation, told, self._expected(user, asked), self._lease, month, end - wall, *words],
                 )
-            except (RedisError, OSError, TimeoutError) as error:
+            except REDIS_GONE as error:
                 if operation == "reserve" and not probing:
                     self._unsettled[str(words[0])] = user, 0  # Redis may have booked it
                 if type(error) is ResponseError:

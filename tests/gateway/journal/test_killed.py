@@ -1,8 +1,6 @@
 """Real gateways, killed with -9 under clients that come back: nothing is lost, repeated, or billed twice."""
 
 import asyncio
-import os
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +12,8 @@ import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 
-from synthia_vllm.bench.gateway_loss import Read, read_all
+from synthia_vllm.bench.gateway_loss import Read, billed, read_all
 from synthia_vllm.client import Resuming
-from synthia_vllm.gateway.store.database import open_database
-from synthia_vllm.gateway.store.usage import usage
 from tests.redis_service import RedisServer
 from tests.running import Running, gateway, new_key, null_engine, until
 
@@ -41,10 +37,7 @@ class House:
 
     def billed(self) -> tuple[int, int]:
         """Tokens of prompts, and generated."""
-        database = open_database(f"sqlite:///{self.folder}/data/synthia.db")
-        rows = usage(database, user="alice")
-        database.dispose()
-        return sum(row.prompt_tokens for row in rows), sum(row.generated_tokens for row in rows)
+        return billed(self.folder / "data")
 
 
 @pytest.fixture
@@ -116,19 +109,14 @@ def test_a_redis_that_restarts_empty_is_not_seen_either(house: House) -> None:
 
 def test_a_redis_that_stands_still_holds_no_stream_up(house: House) -> None:
     texts = wanted(house)
-    process = house.redis._process
-    assert process is not None
 
     async def pause(replies: Sequence[Read]) -> None:
         await generating(replies)
-        os.kill(process.pid, signal.SIGSTOP)
-        try:
+        with house.redis.paused():
             before = [len(one.at) for one in replies]
             async with asyncio.timeout(20):
                 while any(len(one.at) < count + 10 for one, count in zip(replies, before, strict=True)):
                     await asyncio.sleep(0.02)
-        finally:
-            os.kill(process.pid, signal.SIGCONT)
 
     found = asyncio.run(read_all(house.urls, PROMPTS, TOKENS, key=house.key, meanwhile=pause))
     assert [one.error for one in found if one.error] == []

@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import accumulate
 
 import pytest
@@ -108,7 +106,7 @@ async def test_a_decision_that_nobody_waits_for_any_more_holds_nothing(
     limiter = SharedLimiter(redis_url, lease=3.0)
     await limiter.reserve("a", LIMITS, "first", 10)
     await limiter.settle("a", "first", 10)
-    with hanging(redis_server):
+    with redis_server.paused():
         deciding = asyncio.create_task(limiter.reserve("a", LIMITS, "second", 10))
         await asyncio.sleep(0.1)
         deciding.cancel()
@@ -170,24 +168,13 @@ async def test_what_ended_while_redis_was_gone_is_settled_when_it_is_back(
 ) -> None:
     limiter = SharedLimiter(redis_url, lease=1.5)
     await limiter.reserve("a", LIMITS, "1", 100)
-    with hanging(redis_server):
+    with redis_server.paused():
         await limiter.settle("a", "1", 40)
         await asyncio.sleep(1)  # past the lease's end: the one whose it was comes first
     await limiter.close()
     other = SharedLimiter(redis_url, timeout=30.0)
     assert await other.standing("a") == Standing(1, 40, 0, 0)
     await other.close()
-
-
-@contextmanager
-def hanging(server: RedisServer) -> Iterator[None]:
-    """Redis answers nothing, and loses nothing."""
-    assert server._process is not None
-    server._process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        server._process.send_signal(signal.SIGCONT)
 
 
 async def test_a_script_that_fails_on_one_users_keys_is_no_redis_that_is_gone(redis_url: str) -> None:
