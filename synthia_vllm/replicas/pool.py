@@ -107,8 +107,9 @@ class ReplicaPool:
         """Tells which replicas there are: name to base URL, with vLLM's routes under it."""
         for name, url in listed.items():
             if name not in self._replicas:
-                health = Health(self.settings.canary_deadline_s, self._loop.time())
-                replica = self._replicas[name] = Replica(name, Endpoint(url.rstrip("/")), health)
+                now = self._loop.time()
+                health = Health(self.settings.canary_deadline_s, now)
+                replica = self._replicas[name] = Replica(name, Endpoint(url.rstrip("/")), health, doubted_at=now)
                 _log.info("replica_listed", replica=name, url=url)
                 self._ask(replica)
             elif self._replicas[name].draining_since is not None:
@@ -273,7 +274,7 @@ class ReplicaPool:
             self._ask(replica)
         if replica.stands_still(now):
             self._out(replica, "hung")
-        elif not up and replica.up_since is not None and replica.health.works_since(replica.doubted_at):
+        elif not up and replica.health.works_since(replica.doubted_at) and replica.is_known_or_queues(now):
             self._is_up(replica)
         if replica.hangs and self.up():
             replica.take_attempts_away("hung")
@@ -325,7 +326,8 @@ class ReplicaPool:
         due = max(replica.canary_at, -math.inf if health.tells else health.worked_at) + self.settings.canary_period_s
         if replica.canary_waits or (replica.state == "up" and now < due):
             return
-        if health.requests == 0 and (not health.tells or all(attempt.begun for attempt in replica.attempts)):
+        idle = health.requests == 0 and (not health.tells or all(attempt.begun for attempt in replica.attempts))
+        if idle or replica.up_since is None:  # others may keep it busy for ever
             replica.canary_at = now
             replica.canary = spawn("canary", self._judged(replica, self._canary, 2 * health.patience))
 

@@ -14,6 +14,7 @@ from synthia_vllm.replicas.health import Health
 # A new replica gets so many requests at once, and twice as many after each of so many parts of the slow start.
 _FIRST_REQUESTS = 8
 _DOUBLINGS = 8
+_QUEUES_S = 0.5  # what is refused, is at once
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +26,7 @@ class Replica:
     health: Health
     state: ReplicaState = "unproven"
     in_flight: int = 0
-    doubted_at: float = 0.0  # since when it has to prove that it works, if it is not up
+    doubted_at: float = -math.inf  # since when it has to prove that it works, if it is not up
     hangs: bool = False  # that is why it is out
     asked_at: float = -math.inf  # the last question's start
     canary_at: float = -math.inf  # the last canary's start
@@ -51,6 +52,10 @@ class Replica:
     @property
     def canary_waits(self) -> bool:
         return self.canary is not None and not self.canary.done()
+
+    def is_known_or_queues(self, now: float) -> bool:
+        """Whether it has been up, or has taken the first canary, which waits behind what others have asked for."""
+        return self.up_since is not None or (self.canary_waits and now - self.canary_at >= _QUEUES_S)
 
     @property
     def busy(self) -> bool:

@@ -369,6 +369,43 @@ async def test_an_engine_that_stands_still_is_out_though_its_server_answers(live
         await until(lambda: len(pool.up()) == 2)
 
 
+@pytest.mark.parametrize("most", [2, 100])
+async def test_a_gateway_that_starts_before_engines_that_others_keep_busy_finds_them(live: Live, most: int) -> None:
+    """With and without a queue in them: its canary waits there, or is answered at once."""
+    engine = queued(max_num_seqs=most, tokens_per_second=10)
+    url = live(engine)
+    async with pool_of(url) as others:
+        asked = [asyncio.create_task(read(others, asking(f"{n}", max_tokens=400))) for n in range(6)]
+        await until(lambda: engine.running == min(most, 6))
+        async with pool_of() as pool:
+            pool.update({"r": url})
+            await until(lambda: len(pool.up()) == 1)
+            assert await pool.ready()
+        assert not any(task.done() for task in asked)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+
+@pytest.mark.parametrize("refused", [401, 500])
+async def test_one_that_works_for_others_and_refuses_the_canary_is_not_up(live: Live, refused: int) -> None:
+    engine = queued(tokens_per_second=10)
+
+    async def refuses(scope: Scope, receive: Receive, send: Send) -> None:
+        app = PlainTextResponse("no", refused) if scope.get("method") == "POST" else engine
+        await app(scope, receive, send)
+
+    async with pool_of(live(engine)) as others:
+        asked = asyncio.create_task(read(others, asking(max_tokens=400)))
+        await until(lambda: engine.running == 1)
+        async with pool_of() as pool:
+            pool.update({"r": live(refuses)})
+            await asyncio.sleep(2)
+            assert not pool.up()
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+
+
 async def test_a_gateway_that_stood_still_takes_nobody_out(live: Live) -> None:
     asking_late = asyncio.Event()
 
