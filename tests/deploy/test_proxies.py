@@ -1,14 +1,18 @@
 """The proxies' snippets in front of a gateway: accepted, unbuffered, and clients that go are felt by the engine."""
 
+import json
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import httpx2
 import pytest
 
+from synthia_vllm.client import Resuming
 from synthia_vllm.free_ports import free_port
 from tests.deploy.proxies import caddy_file, nginx_files, running
 from tests.running import Running, gateway, null_engine, until
@@ -80,6 +84,37 @@ def test_chunks_pass_as_they_come(proxy: httpx.Client) -> None:
                 arrivals.append(time.monotonic())
     # A proxy that gathers would bring them all at the end.
     assert arrivals[-1] - arrivals[0] > tokens / _TOKENS_PER_SECOND / 2
+
+
+@pytest.mark.parametrize("name", ["nginx", "caddy"])
+def test_a_reply_outlives_the_gateway_behind_it(name: str, tmp_path: Path, redis_url: str) -> None:
+    """The gateway is killed and started again on its port; a client that comes back is not told."""
+    engine = null_engine(tmp_path / "engine.log", "--tokens-per-second", str(_TOKENS_PER_SECOND))
+    front = gateway(tmp_path, [engine], "--limits.redis", redis_url, "--timeouts.redis", "30")
+    tokens = 80
+    try:
+        engine.start()
+        front.start()
+        with running(name, tmp_path, front.port) as (url, trusting):
+            transport = Resuming(httpx2.HTTPTransport(verify=trusting, trust_env=False))
+            with httpx2.Client(base_url=url, transport=transport, timeout=30) as client:
+                path = "/v1/chat/completions"
+                wanted = client.post(path, json=body(tokens) | {"stream": False}).json()["choices"][0]["message"]
+                text, restarted = "", None
+                with client.stream("POST", path, json=body(tokens)) as reply:
+                    for line in reply.iter_lines():
+                        if line.startswith("data: {"):
+                            text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+                        if restarted is None and len(text) > 30:
+                            front.kill()
+                            restarted = threading.Timer(0.5, front.start)
+                            restarted.start()
+        assert restarted is not None
+        restarted.join()
+        assert text == wanted["content"]
+    finally:
+        front.stop()
+        engine.stop()
 
 
 def test_a_client_that_goes_is_felt_by_the_engine(proxy: httpx.Client, behind: tuple[Running, Running]) -> None:

@@ -14,6 +14,7 @@ class Site:
     url: str
     engines: list[Running]
     folder: Path
+    server: Running
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,20 @@ def locked_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     yield from _site(tmp_path_factory.mktemp("locked"), "--access.mode", "keys")
 
 
+@pytest.fixture
+def remembering(tmp_path: Path, redis_url: str) -> Iterator[tuple[Site, Running]]:
+    """A gateway that keeps replies, and its process."""
+    for site in _site(tmp_path, "--limits.redis", redis_url, "--timeouts.redis", "30"):
+        yield site, site.server
+
+
 def _site(folder: Path, *options: str) -> Iterator[Site]:
     engines = [null_engine(folder / f"engine-{n}.log", "--tokens-per-second", "40") for n in range(2)]
     server = gateway(folder, engines, *options)
     try:
         for process in (*engines, server):
             process.start()
-        yield Site(server.url, engines, folder)
+        yield Site(server.url, engines, folder, server)
     finally:
         for process in (server, *engines):
             process.stop()

@@ -11,7 +11,7 @@ from playwright.sync_api import Locator, Page, Route, expect
 
 from synthia_vllm import __version__
 from tests.chromium_service import Visit, figure, send
-from tests.running import new_key, until
+from tests.running import Running, new_key, until
 from tests.web.conftest import Site
 
 ORCA = [{"role": "user", "content": "What is an orca?"}]
@@ -43,11 +43,39 @@ def test_a_chat_streams_and_tells_its_figures(site: Site, visit: Visit) -> None:
     assert re.fullmatch(r"[\d.]+ tokens/s", figure(page, "speed"))
     assert figure(page, "tokens") == "60 tokens"
     assert re.fullmatch(r"\d+ of 131,072 \([\d.]+ %\)", figure(page, "context"))
-    assert re.fullmatch(r"[0-9a-f]{16}", figure(page, "id"))
+    assert re.fullmatch(r"[0-9a-f]{32}", figure(page, "id"))
     send(page, "And a whale?", 3)
     expect(page.locator("#figure-tokens")).to_have_text("3 tokens")
     assert page.locator("#said .assistant").count() == 2
     assert visit.problems == []
+
+
+def test_a_reply_goes_on_when_its_gateway_was_killed_and_is_back(
+    remembering: tuple[Site, Running], visit: Visit
+) -> None:
+    site, server = remembering
+    page = visit.page
+    page.goto(site.url)
+    send(page, "What is an orca?", 120)
+    reply = page.locator("#said .assistant")
+    expect(reply).to_contain_text(WORD)
+    server.kill()
+    expect(page.locator("#figure-finish")).to_have_text("reconnecting…")
+    server.start()
+    expect(page.locator("#figure-finish")).to_have_text("length", timeout=60_000)
+    expect(page.locator("#figure-tokens")).to_have_text("120 tokens")
+    words = WORD.findall(reply.inner_text())
+    assert len(words) == len(set(words)) == 120  # the null engine's differ
+    assert page.locator("#failure").inner_text() == ""
+
+
+def test_a_reply_that_can_not_go_on_says_so(site: Site, visit: Visit) -> None:
+    page = visit.page
+    page.goto(site.url)
+    page.route("**/v1/chat/completions", lambda route: route.abort("connectionreset"))
+    send(page, "What is an orca?", 60)
+    expect(page.locator("#figure-finish")).to_have_text("failed")
+    expect(page.locator("#failure")).not_to_be_empty()
 
 
 def test_stop_stops_the_engine_too(site: Site, visit: Visit) -> None:
