@@ -4,9 +4,10 @@ import asyncio
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from synthia_vllm.client import AsyncResuming
 from synthia_vllm.gateway.store.database import open_database
 from synthia_vllm.gateway.store.usage import usage
 
-_PATIENCE_S = 120.0
+_PATIENCE_S = 600.0
+_TOLD, _REASONS = 60, 5
 
 
 class InTurn(httpx2.AsyncBaseTransport):
@@ -48,8 +50,10 @@ class Read:
 
     def pause(self, moments: Sequence[float]) -> float:
         """The longest gap between two events that spans one of these moments; 0 where none does."""
-        gaps = zip(self.at, self.at[1:], strict=False)
-        return max((after - before for before, after in gaps if any(before < at <= after for at in moments)), default=0)
+        return max(
+            (after - before for before, after in pairwise(self.at) if any(before < at <= after for at in moments)),
+            default=0,
+        )
 
     @property
     def tokens(self) -> int:
@@ -115,17 +119,21 @@ def _add(reply: Read, told: dict[str, Any], part: str) -> None:
         reply.finish = choice["finish_reason"] or reply.finish
 
 
-def figures(wanted: Sequence[str], found: Sequence[Read], tokens: int, moments: Sequence[float]) -> dict[str, float]:
+def figures(wanted: Sequence[str], found: Sequence[Read], tokens: int, moments: Sequence[float]) -> dict[str, Any]:
     """What became of the replies; pauses are of the streams that a moment met, seconds."""
     pauses = sorted(pause for one in found if one.streamed and (pause := one.pause(moments)))
-    told: dict[str, float] = {
+    told: dict[str, Any] = {
         "replies": len(found),
         "failed": sum(bool(one.error) for one in found),
+        "why": dict(Counter(one.error[:_TOLD] for one in found if one.error).most_common(_REASONS)),
         "other texts": sum(one.text != text for one, text in zip(found, wanted, strict=True) if not one.error),
         "other token counts": sum(one.tokens != tokens for one in found if not one.error),
         "tokens": sum(one.tokens for one in found),
         "moments": len(moments),
     }
+    gaps = sorted(after - before for one in found for before, after in pairwise(one.at))
+    if gaps:
+        told["any gap p95"] = round(gaps[int(0.95 * len(gaps))], 3)
     if len(pauses) > 1:
         told["pause p50"] = round(statistics.median(pauses), 3)
         told["pause p95"] = round(statistics.quantiles(pauses, n=20)[-1], 3)

@@ -68,16 +68,12 @@ def _serve_beside(settings: Settings) -> int:
 
     import synthia_vllm.gateway.app
     import synthia_vllm.replicas.pool  # noqa: F401  (once for all of them)
-    from synthia_vllm.cli.gateways import Gateways, Parent
+    from synthia_vllm.cli.gateways import Gateways, Parent, Place
     from synthia_vllm.gateway.edge.listener import bind_beside
     from synthia_vllm.gateway.observers.log import configure_logging
 
     _check(settings)
-    if settings.limits.redis is None:
-        raise SetupError(
-            f"--gateways {settings.gateways}: each process would have limits, fair shares and metrics of its own; give "
-            "them a Redis, --limits.redis redis://…, or leave it at one"
-        )
+    check_shared(settings)
     configure_logging(settings.log)
     first = bind_beside(settings)
     ports, sockets = [sock.getsockname()[1] for sock in first], [first]
@@ -85,15 +81,25 @@ def _serve_beside(settings: Settings) -> int:
     def listen() -> list[socket.socket]:
         return sockets.pop() if sockets else bind_beside(settings, ports)
 
-    def serve(number: int, held: Sequence[socket.socket], parent: Parent) -> int:
-        configure_logging(settings.log, gateway=number)
-        code: int = uvloop.run(_serve(settings, held[0], held[1] if len(held) > 1 else None, parent))
+    def serve(place: Place, parent: Parent) -> int:
+        configure_logging(settings.log, gateway=place.number)
+        sock, admin = place.sockets[0], place.sockets[1] if len(place.sockets) > 1 else None
+        code: int = uvloop.run(_serve(settings, sock, admin, parent))
         return code
 
     def ready() -> None:
         _tell_ready(settings, [sock.getsockname()[:2] for sock in first], f" ({settings.gateways} processes)")
 
     return Gateways(settings.gateways, listen, serve, ready).run()
+
+
+def check_shared(settings: Settings) -> None:
+    """Raises SetupError where several processes would each count for itself."""
+    if settings.gateways > 1 and settings.limits.redis is None:
+        raise SetupError(
+            f"--gateways {settings.gateways}: each process would have limits, fair shares and metrics of its own; give "
+            "them a Redis, --limits.redis redis://…, or leave it at one"
+        )
 
 
 def _tell_ready(settings: Settings, addresses: "Sequence[tuple[str, int]]", processes: str = "") -> None:

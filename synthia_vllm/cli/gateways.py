@@ -1,4 +1,4 @@
-"""`synthia-vllm gateway --gateways N`: gateway processes on one port, started, replaced and drained by their parent.
+"""`--gateways N` of `gateway` and `serve`: processes on one port, started, replaced and drained by their parent.
 
 Each has a listening socket of its own on that port (SO_REUSEPORT), among which Linux divides new connections evenly. Of
 one socket for all, the process that happens to wake first takes all that wait: the same one again and again. The parent
@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
@@ -78,6 +78,7 @@ class Place:
 
     number: int
     sockets: list[socket.socket]
+    process: int = 0  # of all that were ever started, from 1
     pid: int = 0
     ready: bool = False
     drains: bool = False  # and no longer says that it is alive
@@ -98,18 +99,26 @@ class Gateways:
 
     listen   opens the sockets of one place; all places' are on the same ports
     serve    runs in a process of its own until it is told to stop; returns the exit code
+    most     processes that there may ever be: then none that died is replaced
+    look     called ten times a second; True where the processes have lost what they are for: all end, with exit code 1
     """
 
     def __init__(
         self,
         number: int,
         listen: Callable[[], list[socket.socket]],
-        serve: Callable[[int, Sequence[socket.socket], Parent], int],
+        serve: Callable[[Place, Parent], int],
         on_ready: Callable[[], None],
+        *,
+        most: int | None = None,
+        look: Callable[[], bool] = bool,
     ) -> None:
         self._listen = listen
         self._serve = serve
         self._on_ready = on_ready
+        self._most = most
+        self._started = 0
+        self._look_beside = look
         self._manager = ServiceManager()
         # It is the parent that tells a service manager, of all of them.
         os.environ.pop("NOTIFY_SOCKET", None)
@@ -145,10 +154,15 @@ class Gateways:
                 self._ended(place, os.waitstatus_to_exitcode(status))
         if self._stopping:
             return
+        if self._look_beside():
+            self._code = 1
+            for _ in range(2):  # there is nothing left to drain
+                self._pass_on(signal.SIGTERM)
+            return
         now = time.monotonic()
         if self._places[0].ready or self._announced:
             for place in self._places:
-                if not place.pid and now >= place.again_at:
+                if not place.pid and now >= place.again_at and not self._exhausted():
                     self._start(place)
         for place in self._running():
             if place.ready and not place.drains and now - place.told > _HUNG_S:
@@ -160,6 +174,14 @@ class Gateways:
             self._on_ready()
             self._manager.ready()
         self._manager.alive()
+
+    def _exhausted(self) -> bool:
+        """Ends where none is left and none may be started."""
+        if self._most is None or self._started < self._most:
+            return False
+        if not self._running():
+            self._stopping, self._code = True, 1
+        return True
 
     def _running(self) -> list[Place]:
         return [place for place in self._places if place.pid]
@@ -192,6 +214,8 @@ class Gateways:
     def _start(self, place: Place) -> None:
         if not place.sockets:
             place.sockets = self._listen()
+        self._started += 1
+        place.process = self._started
         told, tell = os.pipe()
         alive, held = os.pipe()
         sys.stdout.flush()
@@ -218,7 +242,7 @@ class Gateways:
                     other.close()
             for pipe in pipes:
                 os.close(pipe)
-            code = self._serve(place.number, place.sockets, parent)
+            code = self._serve(place, parent)
         except SynthiaError as error:
             click.echo(f"synthia-vllm: {error}", err=True)
             code = 2
@@ -247,7 +271,8 @@ class Gateways:
         now = time.monotonic()
         if now - place.began >= _STEADY_S:
             place.pause = _FIRST_PAUSE_S
-        _log.error("gateway_process_died", gateway=place.number, pid=pid, code=code, again_in_s=place.pause)
+        again = "never: restart all" if self._most is not None and self._started >= self._most else place.pause
+        _log.error("gateway_process_died", gateway=place.number, pid=pid, code=code, again_in_s=again)
         place.again_at = now + place.pause
         if place.pause > _PATIENCE_S:
             place.close()

@@ -62,7 +62,7 @@ class Reads:
 SERVE = Reads(
     "synthia-vllm serve",
     "Serve Synthia on this machine: an OpenAI- and Anthropic-compatible server that speaks the Synthia format.",
-    (*_GATEWAY, *_ADMIN, "model", "engine", "log_file"),
+    (*_GATEWAY, *_ADMIN, "model", "engine", "gateways", "log_file"),
     (
         *("model", "host", "port", "insecure", "access.mode", "engine.max_model_len", "engine.kv_cache_gib"),
         *("engine.tensor_parallel_size", "limits.requests_per_minute", "fair.max_wait_s", "log_file", "config"),

@@ -34,6 +34,12 @@ def command(vllm_options: list[str] | None, words: tuple[str, ...]) -> None:
 
 def serve(settings: Settings, vllm_options: list[str], companion: "Companion | None" = None) -> int:
     """Starts, serves, drains; returns the exit code."""
+    refuse_gateways_options(settings, PROG)
+    if settings.gateways > 1:
+        from synthia_vllm.cli.serve_several import serve_several
+
+        assert companion is None
+        return serve_several(settings, vllm_options)
     from synthia_vllm.engine.arguments import plan_engine, preload_once
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.engine.server import run
@@ -42,7 +48,6 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
     from synthia_vllm.gateway.edge.listener import bind, bind_admin, check_exposure
     from synthia_vllm.gateway.observers.log import configure_logging
 
-    refuse_gateways_options(settings, PROG)
     check_exposure(settings)
     machine = inspect_machine()
     preload_once(machine)
@@ -51,7 +56,7 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
     port = sock.getsockname()[1]
     signal.signal(signal.SIGTERM, _interrupt)
     plan = plan_engine(settings, machine, vllm_options)
-    log = _log_path(settings, port)
+    log = log_path(settings, port)
     with output_to(log) as terminal:
         configure_logging(settings.log)
         console = Console(file=terminal, soft_wrap=True)
@@ -119,7 +124,7 @@ def request_text(settings: Settings, url: str) -> list[str]:
     ]
 
 
-def _log_path(settings: Settings, port: int) -> Path | None:
+def log_path(settings: Settings, port: int) -> Path | None:
     from synthia_vllm.engine.demo import cache_folder
 
     if settings.log_file == "-":

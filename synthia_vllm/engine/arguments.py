@@ -44,7 +44,7 @@ _RESTARTED = "SYNTHIA_RESTARTED"
 OF_VLLMS_SERVER: Mapping[str, str] = {
     "--(host|port|uds)": "give --host and --port before the --",
     "--api-key": "--access.mode keys, and `synthia-vllm keys create`",
-    "--api-server-count": "`synthia-vllm cluster up --gateways N` starts several",
+    "--api-server-count": "--gateways N before the --",
     "--headless": "`synthia-vllm cluster up` starts engines on several machines",
     "--(allowed-.*|allow-credentials)": "--cors-origins",
     "--(ssl-.*|enable-ssl-refresh)": "TLS ends at a proxy in front, see docs/operations.md",

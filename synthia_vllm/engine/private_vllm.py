@@ -8,7 +8,7 @@ All options that `engine.arguments` sets are known to both; 0.25.1 has no limit 
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # What vLLM is made for which torch, of the versions read.
@@ -43,6 +43,26 @@ def answered() -> tuple[type[Exception], ...]:
     """What vLLM raises with a `message` and the `http_status` to answer with: nothing before 0.29."""
     found = getattr(importlib.import_module("vllm.exceptions"), "GracefulHTTPError", None)
     return (found,) if found else ()
+
+
+def serves_several() -> bool:
+    """Whether `engine_for_clients` is for the installed version."""
+    return _launchers()
+
+
+def engine_for_clients(args: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+    """Starts an engine for clients at these addresses; returns vLLM's manager of its processes when it is ready.
+
+    `args` are AsyncEngineArgs. As vLLM's own `run_multi_api_server` (`entrypoints/cli/serve.py`) does; since 0.29.
+    """
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.utils import EngineZmqAddresses, launch_core_engines
+    from vllm.v1.executor import Executor
+
+    config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    addresses = EngineZmqAddresses(inputs=list(inputs), outputs=list(outputs))
+    with launch_core_engines(config, Executor.get_class(config), not args.disable_log_stats, addresses) as launched:
+        return launched.engine_manager
 
 
 def installed_vllm() -> str | None:

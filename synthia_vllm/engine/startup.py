@@ -35,9 +35,14 @@ def phase_of(log: str) -> str | None:
 
 
 class Startup:
-    """Shows phase and seconds while the engine starts. On a terminal one line, elsewhere one line a phase."""
+    """Shows phase and seconds while the engine starts. On a terminal one line, elsewhere one line a phase.
+
+    With `look` in the place of `start` it has no thread, and there is a line a phase everywhere.
+    """
 
     def __init__(self, console: Console, log: Path | None) -> None:
+        self._read = 0
+        self._one_line = False
         self._console = console
         self._log = log
         self._phase = "importing vLLM"
@@ -47,11 +52,21 @@ class Startup:
         self._thread = threading.Thread(target=self._follow, name="startup-line", daemon=True)
 
     def start(self) -> None:
-        if self._console.is_terminal:
+        self._one_line = self._console.is_terminal
+        if self._one_line:
             self._status.start()
         else:
             self._console.print(self._phase, highlight=False)
         self._thread.start()
+
+    def look(self) -> None:
+        """Reads on in the log, and tells where the engine is."""
+        if self._log is not None:
+            with self._log.open(encoding="utf-8", errors="replace") as log:
+                log.seek(self._read)
+                new = log.read()
+                self._read = log.tell()
+            self._advance(new)
 
     def stop(self) -> float:
         """Ends the line; returns the seconds since the start."""
@@ -62,21 +77,15 @@ class Startup:
         return time.monotonic() - self._since
 
     def _follow(self) -> None:
-        read = 0
         while not self._done.wait(_POLL_S):
-            if self._log is not None:
-                with self._log.open(encoding="utf-8", errors="replace") as log:
-                    log.seek(read)
-                    new = log.read()
-                    read = log.tell()
-                self._advance(new)
+            self.look()
             self._status.update(self._line())
 
     def _advance(self, new: str) -> None:
         phase = phase_of(new) or self._phase
         if phase != self._phase:
             self._phase = phase
-            if not self._console.is_terminal:
+            if not self._one_line:
                 self._console.print(self._line(), highlight=False)
 
     def _line(self) -> str:

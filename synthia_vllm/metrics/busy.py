@@ -41,6 +41,6 @@ class LoopBusy:
                 "event_loop_busy",
                 share=round(self.share, 2),
                 seconds=round(seconds),
-                cure="one more process before the engines: `synthia-vllm gateway --gateways N`",
+                cure="one more process before the engines: --gateways N",
             )
         self._told = busy

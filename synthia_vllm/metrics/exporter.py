@@ -19,7 +19,7 @@ from synthia_vllm.metrics.fleet import Fleet
 from synthia_vllm.metrics.growth import COUNTERS, Totals
 from synthia_vllm.metrics.history import STEP_S, History
 from synthia_vllm.metrics.live import live_view
-from synthia_vllm.metrics.local import LocalEngine
+from synthia_vllm.metrics.local import LocalEngine, of_all_processes
 from synthia_vllm.metrics.rates import TICK_S
 from synthia_vllm.metrics.recorder import Recorder, Tables, Waiting
 from synthia_vllm.metrics.shared import SharedMetrics
@@ -58,6 +58,7 @@ class Exporter:
         self.history = History(self._tables, begun=self.shared is None, clock=recorder.clock)
         self._waiting = waiting
         self._registry = registry
+        self._told = of_all_processes(registry)
         self._local = LocalEngine(registry)
         self._wait = wait
         self._more = more
@@ -104,7 +105,7 @@ class Exporter:
         for table in self._more():
             await page.add_table(sums.get(table.family.name, table))
         await asyncio.sleep(0)
-        blocks = read_page(generate_latest(self._registry).decode())
+        blocks = read_page(generate_latest(self._told).decode())
         for name in blocks.keys() & sums.keys():
             await page.add_table(sums[name])
             del blocks[name]

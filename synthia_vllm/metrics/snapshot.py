@@ -204,13 +204,15 @@ def _as_told(total: Snapshot, family: Family) -> Family:
 
 
 def of_process(registry: CollectorRegistry) -> Iterable[Counts]:
-    """Our own series in prometheus_client's registry, as tables."""
+    """Our own series in prometheus_client's registry, as tables; without those of an engine, which may be shared."""
     for metric in registry.collect():
         if not metric.name.startswith("synthia_") or metric.type not in ("counter", "gauge"):
             continue
         name = f"{metric.name}_total" if metric.type == "counter" else metric.name
         samples = [sample for sample in metric.samples if sample.name == name]
         names = tuple(samples[0].labels) if samples else ()
+        if "engine" in names:
+            continue
         table = Counts(Family(name, "counter" if metric.type == "counter" else "gauge", names, metric.documentation))
         for sample in samples:
             table.cell(*(sample.labels[label] for label in names)).value = sample.value

@@ -80,7 +80,8 @@ class Settings(BaseSettings):
         PositiveInt,
         Field(
             le=256,
-            description="`gateway` only: processes on this port, to use several cores; more than one need limits.redis",
+            description="`gateway` and `serve` only: processes on this port, to use several cores; more than one need "
+            "limits.redis",
         ),
     ] = 1
     tokenizer: Annotated[

@@ -9,13 +9,14 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from synthia_vllm.cli import gateways as gateways_module
-from synthia_vllm.cli.gateways import Gateways, Parent
+from synthia_vllm.cli.gateways import Gateways, Parent, Place
 from synthia_vllm.errors import SetupError
 from synthia_vllm.gateway.edge.listener import bind_beside
 from synthia_vllm.settings import Settings
@@ -149,10 +150,9 @@ def test_they_end_when_their_parent_was_killed(two: Running) -> None:
     ("words", "told"),
     [
         (["gateway", "--gateways", "2", "--upstream", "http://127.0.0.1:1"], "add .*--limits.redis|--limits.redis"),
-        (
-            ["serve", "--gateways", "2"],
-            "--gateways: `synthia-vllm serve` does not read it; `synthia-vllm gateway` does",
-        ),
+        (["serve", "--gateways", "2"], "--gateways 2: .* give them a Redis, --limits.redis"),
+        (["serve", "--", "--api-server-count", "2"], "--gateways N before the --"),
+        (["cluster", "up", "--gateways", "0"], "--cluster.gateways"),
     ],
 )
 def test_it_is_refused_where_it_can_not_be(words: list[str], told: str) -> None:
@@ -184,9 +184,9 @@ def test_the_ports_of_another_server_are_not_shared_with_it() -> None:
 # The parent alone: its processes are functions.
 
 
-def parent(number: int, monkeypatch: pytest.MonkeyPatch, serve: object, ready: object = lambda: None) -> Gateways:
+def parent(number: int, monkeypatch: pytest.MonkeyPatch, serve: object, **more: Any) -> Gateways:
     monkeypatch.setattr(gateways_module, "_LOOK_S", 0.01)
-    return Gateways(number, list, serve, ready)  # type: ignore[arg-type]
+    return Gateways(number, list, serve, lambda: None, **more)  # type: ignore[arg-type]
 
 
 def test_one_that_fails_again_and_again_is_begun_later_each_time(
@@ -194,9 +194,9 @@ def test_one_that_fails_again_and_again_is_begun_later_each_time(
 ) -> None:
     starts = tmp_path / "starts"
 
-    def serve(number: int, _: object, told: Parent) -> int:
+    def serve(place: Place, told: Parent) -> int:
         told.ready()
-        if number == 1:
+        if place.number == 1:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
             while True:
                 time.sleep(10)
@@ -215,7 +215,7 @@ def test_one_that_hangs_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(gateways_module, "_HUNG_S", 0.3)
     starts = tmp_path / "starts"
 
-    def serve(number: int, _: object, told: Parent) -> int:
+    def serve(place: Place, told: Parent) -> int:
         told.ready()
         with starts.open("a") as file:
             file.write("x")
@@ -227,3 +227,36 @@ def test_one_that_hangs_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch, 
 
     assert parent(1, monkeypatch, serve).run() == 0
     assert starts.read_text() == "xx"
+
+
+def test_each_process_has_a_number_of_its_own_and_none_is_started_when_they_are_used_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    numbers = tmp_path / "numbers"
+
+    def serve(place: Place, told: Parent) -> int:
+        told.ready()
+        with numbers.open("a") as file:
+            file.write(f"{place.number}{place.process} ")
+        time.sleep(0.2)
+        return 7
+
+    assert parent(2, monkeypatch, serve, most=4).run() == 1
+    found = numbers.read_text().split()
+    assert sorted(word[1] for word in found) == ["1", "2", "3", "4"]
+    assert {word[0] for word in found} == {"1", "2"}
+    assert "never: restart all" in capfd.readouterr().out
+
+
+def test_all_end_when_they_have_lost_what_they_are_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+
+    def serve(place: Place, told: Parent) -> int:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        told.ready()
+        if place.number == 2:
+            lost.touch()
+        while True:
+            time.sleep(10)
+
+    assert parent(2, monkeypatch, serve, look=lost.exists).run() == 1

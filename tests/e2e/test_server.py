@@ -59,7 +59,7 @@ def test_the_printed_curl_command_works(server: RunningServer) -> None:
     command = re.search(r"curl .*?\n.*?'\n", server.announcement, re.DOTALL)
     assert command
     words = shlex.split(command.group().replace("\\\n", " "))
-    done = subprocess.run([*words, "--silent"], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([*words, "--silent"], capture_output=True, text=True, check=True, timeout=300)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"]
 
 
