@@ -41,7 +41,7 @@ def main(seconds: float, users: int, streams: int, every: float, output: Path) -
         "most tokens in flight, of what the engines hold": round(load.most / TOKENS, 3),
         "replies": load.replies,
         "lost with a gateway, or found none": load.lost,
-        "refused": load.refused,
+        "refused": dict(load.refused.most_common(5)),
     }
     report = {"machine": machine(), "version": __version__, "options": options, "kills": kills, "summary": summary}
     output.write_text(json.dumps(report, indent=1) + "\n")

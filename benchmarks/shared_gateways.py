@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ TOKENS = 600  # that the engines hold at once
 PROMPT, REPLIES = 16, (8, 16, 24, 32)  # tokens
 _ENGINE = ("--tokens-per-second", "40", "--max-num-seqs", "64")
 _LOOK_S = 0.2
+_TOLD = 90  # characters of an error
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Load:
         self.service: dict[str, float] = defaultdict(float)
         self.replies = 0
         self.lost = 0  # with a gateway that was killed, or not there yet
-        self.refused = 0
+        self.refused: Counter[str] = Counter()
         self.most = 0  # tokens in flight, over all gateways
         self.gap = 0.0  # in service, between two users
         self._session: aiohttp.ClientSession
@@ -156,7 +157,7 @@ class Load:
         headers = {"Authorization": f"Bearer {self.fleet.keys[user]}"}
         async with self._session.post(f"{url}/v1/completions", json=body, headers=headers) as reply:
             if reply.status != 200:
-                self.refused += 1
+                self.refused[f"{reply.status} {(await reply.text())[:_TOLD]}"] += 1
                 await asyncio.sleep(0.5)
                 return
             cost = PROMPT + 2.0
