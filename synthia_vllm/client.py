@@ -58,10 +58,18 @@ class _Reply:
             return b""
         at = whole.rfind(b"id: ") if whole.startswith(b"id: ") else whole.rfind(b"\nid: ") + 1
         if at > 0 or whole.startswith(b"id: "):
-            self.last_id = whole[at + 4 :].partition(b"\n")[0].decode()
+            self.last_id = whole[at + 4 :].partition(b"\n")[0].strip().decode()
         self.got = self.got or b"data:" in whole
         self.tries, self.since = 0, time.monotonic()
         return whole + gap
+
+    def expect_end(self) -> None:
+        """Raises RemoteProtocolError where events may still come: some proxies end what broke behind them.
+
+        Ids of a stream's last events have a `!`.
+        """
+        if self.last_id and "!" not in self.last_id:
+            raise httpx2.RemoteProtocolError("the stream ended before its last event", request=self.request)
 
     def pause(self, error: Exception, told: float = 0.0) -> float:
         """Seconds until the next try. Raises the error where there is none.
@@ -165,6 +173,7 @@ class _Stream(httpx2.SyncByteStream):
                 for data in self._response.stream:
                     if events := reply.events(data):
                         yield events
+                reply.expect_end()
             except _BROKEN as error:
                 self._response.close()
                 time.sleep(reply.pause(error))
@@ -234,6 +243,7 @@ class _AsyncStream(httpx2.AsyncByteStream):
                 async for data in self._response.stream:
                     if events := reply.events(data):
                         yield events
+                reply.expect_end()
             except _BROKEN as error:
                 await self._response.aclose()
                 await asyncio.sleep(reply.pause(error))

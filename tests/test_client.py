@@ -98,10 +98,24 @@ def test_a_stream_goes_on_behind_its_last_whole_event(ask: Ask) -> None:
 
 
 @both
+def test_a_stream_that_a_proxy_ends_before_its_last_event_goes_on_too(ask: Ask) -> None:
+    server = Server([events(b"id: 1\ndata: a\n\n"), events(b"id: 2!1\ndata: b\n\n")])
+    assert ask(server) == b"id: 1\ndata: a\n\nid: 2!1\ndata: b\n\n"
+    assert server.last_ids == [None, "1"]
+
+
+@both
+def test_an_error_is_an_end(ask: Ask) -> None:
+    told = b"id: 1\ndata: a\n\nid: \ndata: {'error': 1}\n\n"
+    server = Server([events(told)])
+    assert ask(server) == told
+
+
+@both
 def test_what_broke_before_its_first_event_is_asked_for_from_the_start(ask: Ask) -> None:
     whole = httpx2.Response(200, headers={"content-type": "application/json"}, stream=Bytes(b'{"b"', BROKEN))
-    server = Server([events(BROKEN), events(b": waiting\n\n", BROKEN), events(b"id: 0\ndata: a\n\n")])
-    assert ask(server) == b": waiting\n\nid: 0\ndata: a\n\n"
+    server = Server([events(BROKEN), events(b": waiting\n\n", BROKEN), events(b"id: 0!1\ndata: a\n\n")])
+    assert ask(server) == b": waiting\n\nid: 0!1\ndata: a\n\n"
     assert server.last_ids == [None, "*", "*"]
     server = Server([whole, BROKEN, httpx2.Response(200, json={"b": 2})])
     assert ask(server) == b'{"b":2}'

@@ -207,7 +207,7 @@ def test_one_that_fails_again_and_again_is_begun_later_each_time(
             os.kill(os.getppid(), signal.SIGTERM)
         return 7
 
-    assert parent(2, monkeypatch, serve).run() in (0, 7)
+    assert parent(2, monkeypatch, serve).run() in (0, 7, 128 + signal.SIGTERM)  # the fourth may be told to stop first
     assert [float(found) for found in re.findall(r"again_in_s=([\d.]+)", capfd.readouterr().out)][:3] == [0.1, 0.2, 0.4]
 
 

@@ -189,8 +189,8 @@ def test_the_pool_goes_by_each_setting_of_replicas() -> None:
 @pytest.mark.parametrize(
     ("option", "cure"),
     [
-        ("--api-server-count", "cluster up --gateways N"),
-        ("--api_server_count=4", "cluster up --gateways N"),
+        ("--api-server-count", "--gateways N before the --"),
+        ("--api_server_count=4", "--gateways N before the --"),
         ("--ssl-keyfile", "proxy"),
         ("--port", "before the --"),
         ("--tool-call-parser", "no tools"),

@@ -94,7 +94,7 @@ def test_two_processes_serve_one_engine_and_the_death_of_one_is_not_seen(several
     assert other.is_running()
 
     # Without the engine nothing can be served: all end, and whoever runs this starts it anew.
-    engine = next(one for one in children if "EngineCore" in " ".join(one.cmdline()))
+    (engine,) = [one for one in children if one.is_running() and "EngineCore" in " ".join(one.cmdline())]
     engine.kill()
     assert several.process.wait(60) == 1
     _, alive = psutil.wait_procs(children, timeout=20)

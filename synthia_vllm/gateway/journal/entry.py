@@ -79,7 +79,8 @@ class Numbered:
         return self._numbered(last if isinstance(last, bytes) else b"".join(last), told, had, "!")
 
     def error(self, error: SynthiaError) -> bytes:
-        return self._reply.error(error)
+        """With an empty id, which takes back those before: there is nothing to come back for."""
+        return b"id: \n%b" % self._reply.error(error)
 
     def _had_of_chunk(self) -> int | None:
         """Events of the chunk at hand that the client has; None: all."""
