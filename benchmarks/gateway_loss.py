@@ -1,6 +1,7 @@
-"""320 streams of a real engine, the gateway of half of them killed with -9; and a Redis that restarts empty.
+r"""320 streams of a real engine, the gateway of half of them killed with -9; and a Redis that restarts empty.
 
-    synthia-vllm serve --port 8000 --engine.dtype float32 --engine.max-model-len 2048 -- --max-num-seqs 320
+    synthia-vllm serve --port 8000 --engine.dtype float32 --engine.max-model-len 2048 -- \
+        --max-num-seqs 320 --max-num-batched-tokens 640
     python -m benchmarks.gateway_loss --upstream http://127.0.0.1:8000 --tokenizer FOLDER [--streams 320]
 
 Two gateways with one Redis; clients come back as `synthia_vllm.client` does. In float32 the texts are those of a run

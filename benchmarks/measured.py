@@ -26,6 +26,7 @@ from synthia_vllm.engine.profiles import FOLDER, read_profile
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_IN_FLIGHT = "most tokens in flight, of what the engines hold"
 _MARKED = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -161,6 +162,32 @@ def soak() -> str:
     return "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
+def several_gateways() -> str:
+    """What several gateways share, what the death of one costs its clients, and what it costs to share."""
+    fair, cost = result("shared_fairness"), result("sharing_cost")
+    summary = fair["summary"]
+    rows = [
+        (
+            f"{fair['options']['users']} users at 4 gateways, {len(fair['kills'])} killed in "
+            f"{fair['options']['seconds']:.0f} s: gap in service / one gateway's bound",
+            summary["of one gateway's bound"],
+        ),
+        ("the same: most tokens in flight / what the engines hold", summary[_IN_FLIGHT]),
+    ]
+    for scenario, told in result("gateway_loss_null")["scenarios"].items():
+        if "pause p95" in told:
+            lost = told["failed"] + told["other texts"] + told["other token counts"]
+            what = f"{told['replies']} streams, {scenario}"
+            rows.append((f"{what}: failed, or with other tokens", lost))
+            rows.append((f"{what}: tokens billed / counted by clients", told["billed / counted by clients"]))
+            usual = told["any gap p95"]
+            rows.append((f"{what}: pause, s, p95 (any gap: {usual:.2f})", f"{told['pause p95']:.2f}"))
+    for figure, ratio in cost["ratios"].items():
+        if "shared / limits" in figure:
+            rows.append((figure, f"{ratio['median']} ({ratio['least']} to {ratio['greatest']})"))
+    return "\n".join(["| figure | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
 def _page(module: Any) -> Callable[[], str]:
     def made() -> str:
         text: str = module.markdown(result(module.__name__.rpartition(".")[2]))
@@ -174,6 +201,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "processes": ratios("api_process"),
     "rivals": rivals,
     "open_connections": ratios("open_connections"),
+    "several-gateways": several_gateways,
     "soak": soak,
     "start": start,
     "full": lambda: quoted.markdown(read(RESULTS / "full.json.gz")),

@@ -25,13 +25,20 @@ class InTurn(httpx2.AsyncBaseTransport):
     """Sends each request to the next of several gateways, as a load balancer does; a refused one goes to the next."""
 
     def __init__(self, urls: Sequence[str]) -> None:
+        self._many = len(urls)
         self._urls = cycle([httpx2.URL(url) for url in urls])
         self._transport = httpx2.AsyncHTTPTransport(limits=httpx2.Limits(max_connections=None), retries=0)
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        to = next(self._urls)
-        request.url = request.url.copy_with(host=to.host, port=to.port)
-        return await self._transport.handle_async_request(request)
+        for left in reversed(range(self._many)):
+            to = next(self._urls)
+            request.url = request.url.copy_with(host=to.host, port=to.port)
+            try:
+                return await self._transport.handle_async_request(request)
+            except httpx2.ConnectError:
+                if not left:
+                    raise
+        raise AssertionError
 
     async def aclose(self) -> None:
         await self._transport.aclose()

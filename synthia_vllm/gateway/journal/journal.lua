@@ -1,10 +1,12 @@
 -- The journal of replies in Redis: each call is one atomic step.
--- Of each reply, KEYS has a hash (owner, run, created, digest, live, closed, settled, prompt) and a list of records.
+-- Of each reply, KEYS has a hash (owner, run, created, digest, live, closed, settled, prompt); beside it is a list of
+-- records. What is written comes in one piece, and is answered in one: a gateway writes twenty times a second, of all its
+-- replies, and each word of a command costs it a microsecond or two.
 -- ARGV     operation, seconds that they are kept, then
---   append   for each reply: owner, run, created, digest, 'new' | 'known', records before, their number, records…
---            answers 'ok', 'taken' (another gateway goes on with it), 'other' (another reply has its name), or
---            'missing' (Redis has lost what was there) for each
---   close    as append for one, then settled tokens and whether the prompt is settled
+--   append   in MessagePack, of each reply: owner, run, created, digest, whether it is new, records before, records
+--            answers a letter for each: 'k' (kept), 't' (taken: another gateway goes on with it), 'o' (another reply has
+--            its name), or 'm' (missing: Redis has lost what was there)
+--   close    as append of one, then settled tokens and whether the prompt is settled
 --   claim    owner, digest, whether one whose gateway is alive may be taken
 --            answers 'none', 'other' (it is of another body), 'live', or 'ok' with what there is
 --   forget   owner
@@ -12,43 +14,39 @@ local operation, keep = ARGV[1], tonumber(ARGV[2])
 local LEASE = 2 -- s, that a gateway counts as alive after its last word; it tells every second
 local function now() return tonumber(redis.call('TIME')[1]) end
 
-local function append(hash, list, at)
-  local owner, run, created, digest, state, before, count =
-    ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4], tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6])
-  local first = at + 7
-  local after = first + count
+local function append(hash, written)
+  local owner, run, created, digest, new, before, records = unpack(written)
+  local list = hash .. ':records'
   local there = redis.call('HMGET', hash, 'owner', 'run', 'closed')
-  if state == 'new' and there[1] ~= owner then
+  if new and there[1] ~= owner then
     redis.call('DEL', hash, list)
     there = {}
   end
-  if there[1] and there[2] ~= run then return 'other', after end
-  if there[1] and there[1] ~= owner then return 'taken', after end
-  if there[3] then return 'ok', after end
+  if there[1] and there[2] ~= run then return 'o' end
+  if there[1] and there[1] ~= owner then return 't' end
+  if there[3] then return 'k' end
   local length = redis.call('LLEN', list)
-  if length < before then return 'missing', after end
-  for i = first + length - before, after - 1 do -- those before have come with a call whose answer was lost
-    redis.call('RPUSH', list, ARGV[i])
+  if length < before then return 'm' end
+  for i = 1 + length - before, #records do -- those before have come with a call whose answer was lost
+    redis.call('RPUSH', list, records[i])
   end
   redis.call('HSET', hash, 'owner', owner, 'run', run, 'created', created, 'digest', digest, 'live', now() + LEASE)
   redis.call('EXPIRE', hash, keep)
   redis.call('EXPIRE', list, keep)
-  return 'ok', after
+  return 'k'
 end
 
 if operation == 'append' then
-  local answers, at = {}, 3
-  for i = 1, #KEYS, 2 do
-    answers[#answers + 1], at = append(KEYS[i], KEYS[i + 1], at)
-  end
-  return answers
+  local answers = {}
+  for i, written in ipairs(cmsgpack.unpack(ARGV[3])) do answers[i] = append(KEYS[i], written) end
+  return table.concat(answers)
 end
 
-local hash, list = KEYS[1], KEYS[2]
+local hash, list = KEYS[1], KEYS[1] .. ':records'
 if operation == 'close' then
-  local answer, at = append(hash, list, 3)
-  if answer == 'ok' then redis.call('HSET', hash, 'closed', 1, 'settled', ARGV[at], 'prompt', ARGV[at + 1]) end
-  return {answer}
+  local answer = append(hash, cmsgpack.unpack(ARGV[3])[1])
+  if answer == 'k' then redis.call('HSET', hash, 'closed', 1, 'settled', ARGV[4], 'prompt', ARGV[5]) end
+  return answer
 end
 if operation == 'forget' then
   if redis.call('HGET', hash, 'owner') == ARGV[3] then redis.call('DEL', hash, list) end

@@ -3,10 +3,12 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
+import msgspec
 import structlog
 from prometheus_client import Counter
 
@@ -19,6 +21,7 @@ PERIOD_S = 0.05  # between two writes
 _ALIVE_S = 1.0  # between two words of a reply of which nothing new is there
 _RETRY_S = 0.5  # while Redis is gone
 _MOST_LATE = 4096
+_KEPT, _MISSING, _OTHER = "k", "m", "o"  # as in journal.lua
 
 TAKEN_UP = Counter(
     "synthia_replies_taken_up_total",
@@ -137,13 +140,10 @@ class Journals:
             if not entry.lost and (entry.kept < len(entry.records) or now - at >= _ALIVE_S)
         ]
         if due:
-            words = [_words(entry) for entry in due]
             lengths = [len(entry.records) for entry in due]
             async with self._writing:
-                answers = await self._call(
-                    "append", [entry.name for entry in due], *(word for one in words for word in one)
-                )
-            for entry, length, answer in zip(due, lengths, answers, strict=True):
+                answers = await self._call("append", [entry.name for entry in due], _written(due))
+            for entry, length, answer in zip(due, lengths, answers.decode(), strict=True):
                 self._note(entry, length, answer)
                 if entry in self._open:
                     self._open[entry] = now
@@ -175,24 +175,23 @@ class Journals:
         generated = max(usage.generated, entry.settled) if usage.accepted else entry.settled
         settled = str(generated), str(int(usage.accepted or entry.prompt_settled))
         length = len(entry.records)
-        (answer,) = await self._call("close", [entry.name], *_words(entry), *settled)
-        self._note(entry, length, answer)
+        answer = await self._call("close", [entry.name], _written([entry]), *settled)
+        self._note(entry, length, answer.decode())
 
-    def _note(self, entry: Entry, length: int, answer: bytes) -> None:
-        if answer == b"ok":
+    def _note(self, entry: Entry, length: int, answer: str) -> None:
+        """`answer`: a letter, as in journal.lua."""
+        if answer == _KEPT:
             entry.known, entry.kept = True, length
-        elif answer == b"missing":
+        elif answer == _MISSING:
             entry.kept = 0
-        elif answer == b"other":
+        elif answer == _OTHER:
             entry.lost = True
         elif not entry.taken:
             entry.taken = True
             entry.on_taken()
 
-    async def _call(self, operation: str, names: Iterable[str], *words: str | int) -> Sequence[bytes]:
-        keys = [key for name in names for key in (name, f"{name}:records")]
-        answer: Sequence[bytes] = await self._script(keys=keys, args=[operation, self._keep_s, *words])
-        return answer
+    async def _call(self, operation: str, names: Sequence[str], *words: str | int | bytes) -> Any:
+        return await self._script(keys=names, args=[operation, self._keep_s, *words])
 
     def _tell_lost(self, error: Exception) -> None:
         if not self._lost:
@@ -211,7 +210,11 @@ def digest_of(route: str, body: bytes) -> str:
     return hashlib.blake2b(route.encode() + b"\0" + body, digest_size=16).hexdigest()
 
 
-def _words(entry: Entry) -> list[str | int]:
-    new = entry.records[entry.kept :]
-    state = "known" if entry.known else "new"
-    return [entry.owner, entry.run, entry.created, entry.digest, state, entry.kept, len(new), *new]
+def _written(entries: Sequence[Entry]) -> bytes:
+    """What is new of them."""
+    return msgspec.msgpack.encode(
+        [
+            (one.owner, one.run, one.created, one.digest, not one.known, one.kept, one.records[one.kept :])
+            for one in entries
+        ]
+    )
