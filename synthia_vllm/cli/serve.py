@@ -43,7 +43,7 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
     from synthia_vllm.engine.arguments import plan_engine, preload_once
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.engine.server import run
-    from synthia_vllm.engine.startup import Startup, cause, output_to
+    from synthia_vllm.engine.startup import Startup, output_to
     from synthia_vllm.gateway.app import check_stores
     from synthia_vllm.gateway.edge.listener import bind, bind_admin, check_exposure
     from synthia_vllm.gateway.observers.log import configure_logging
@@ -83,11 +83,18 @@ def serve(settings: Settings, vllm_options: list[str], companion: "Companion | N
         except Exception as error:
             startup.stop()
             traceback.print_exc()  # into the log
-            reason = (log and cause(log)) or error
-            where = f"\nThe whole log: {log}" if log else ""
-            raise SetupError(f"the engine failed: {reason}{where}\n`synthia-vllm doctor` looks for causes") from None
+            raise engine_failed(log, error) from None
         finally:
             sock.close()
+
+
+def engine_failed(log: Path | None, otherwise: object) -> SetupError:
+    """The error of an engine that did not start: by its log, or else this."""
+    from synthia_vllm.engine.startup import cause
+
+    reason = (log and cause(log)) or otherwise
+    where = f"\nThe whole log: {log}" if log else ""
+    return SetupError(f"the engine failed: {reason}{where}\n`synthia-vllm doctor` looks for causes")
 
 
 def ready_text(

@@ -7,15 +7,16 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
 from synthia_vllm.cli.gateway import check_shared
 from synthia_vllm.cli.gateways import Gateways, Parent, Place
-from synthia_vllm.cli.serve import log_path, ready_text
+from synthia_vllm.cli.serve import engine_failed, log_path, ready_text
 from synthia_vllm.errors import SetupError
 from synthia_vllm.settings import Settings
 
@@ -43,7 +44,7 @@ def _serve(settings: Settings, vllm_options: list[str], folder: Path) -> int:
     from synthia_vllm.engine.arguments import plan_engine
     from synthia_vllm.engine.hardware import inspect_machine
     from synthia_vllm.engine.private_vllm import installed_vllm, serves_several
-    from synthia_vllm.engine.shared_engine import SPARE, Addresses, keep_engine
+    from synthia_vllm.engine.shared_engine import SPARE, Addresses, client_of, keep_engine
     from synthia_vllm.engine.startup import Startup, output_to
     from synthia_vllm.gateway.app import check_stores
     from synthia_vllm.gateway.edge.listener import bind_beside, check_exposure
@@ -66,12 +67,13 @@ def _serve(settings: Settings, vllm_options: list[str], folder: Path) -> int:
         return sockets.pop() if sockets else bind_beside(settings, ports)
 
     def serve(place: Place, parent: Parent) -> int:
-        from synthia_vllm.engine.server import run_one_of_several
+        import uvloop
 
         configure_logging(settings.log, gateway=place.number)
-        sock, admin = place.sockets[0], place.sockets[1] if len(place.sockets) > 1 else None
-        client = place.process - 1
-        return run_one_of_several(settings, plan, sock, parent, addresses, client, keeper.lives, admin=admin)
+        plan.apply_environment()
+        client = partial(client_of, addresses=addresses, client=place.process - 1, engine=keeper.lives)
+        code: int = uvloop.run(_serve_one(settings, plan.arguments, client, place, parent))
+        return code
 
     def tell_ready() -> None:
         nonlocal ready
@@ -101,16 +103,39 @@ def _serve(settings: Settings, vllm_options: list[str], folder: Path) -> int:
         return _told_failure(keeper, log, console)
 
 
+async def _serve_one(
+    settings: Settings,
+    arguments: list[str],
+    client: Callable[[Any], AbstractAsyncContextManager[Any]],
+    place: Place,
+    parent: Parent,
+) -> int:
+    """One of the processes. `client` makes vLLM's AsyncLLM of vLLM's parsed arguments."""
+    from synthia_vllm.engine.server import local_engine, parse_arguments, serve_until_stopped, warm_up
+    from synthia_vllm.gateway.app import Gateway
+    from synthia_vllm.gateway.edge.listener import DrainingServer
+    from synthia_vllm.gateway.fair.peers import identity
+
+    sock, admin = place.sockets[0], place.sockets[1] if len(place.sockets) > 1 else None
+    args = parse_arguments(arguments)
+    own = f"http://127.0.0.1:{sock.getsockname()[1]}"  # what the processes call the engine that they share
+    async with client(args) as llm:
+        engine = await local_engine(llm, args)
+        gateway = Gateway(engine, settings, capacity=engine.capacity(), engines=[own])
+        gateway.set_gateways(settings.gateways)  # until they know of each other
+        async with gateway, gateway.sharing([identity(own)]):
+            server = DrainingServer(gateway.app, settings, lambda: None, admin=admin, manager=parent)
+            parent.when_gone(server.stop)
+            await warm_up(llm)
+            return await serve_until_stopped(server, sock, llm)
+
+
 def _told_failure(keeper: "Keeper", log: Path | None, console: Console) -> int:
     """As `serve` has it: raises SetupError, and where vLLM did not like an option, prints what it said."""
-    from synthia_vllm.engine.startup import cause
-
     if log is not None and keeper.code == _NO_SUCH_OPTION:
         console.print(log.read_text(errors="replace"), highlight=False, markup=False)
         return keeper.code
-    where = f"\nThe whole log: {log}" if log else ""
-    reason = (log and cause(log)) or f"exit code {keeper.code}"
-    raise SetupError(f"the engine failed: {reason}{where}\n`synthia-vllm doctor` looks for causes")
+    raise engine_failed(log, f"exit code {keeper.code}")
 
 
 class Keeper:

@@ -1,25 +1,20 @@
-"""One machine: vLLM's engine behind our layers, in this process; or one of several clients of it in this process."""
+"""One machine: vLLM's engine in this process, behind our layers."""
 
 import asyncio
 import contextlib
 import inspect
 import socket
 from collections.abc import AsyncGenerator, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from synthia_vllm.engine.arguments import EnginePlan
 from synthia_vllm.engine.local import LocalEngine
 from synthia_vllm.engine.private_vllm import find
-from synthia_vllm.engine.shared_engine import Addresses, client_of
 from synthia_vllm.engine.tokenizer import Tokenizer
 from synthia_vllm.gateway.app import Gateway
 from synthia_vllm.gateway.edge.listener import DrainingServer, settle_memory
-from synthia_vllm.gateway.fair.peers import identity
 from synthia_vllm.settings import Settings
 from synthia_vllm.supervise import supervise
-
-if TYPE_CHECKING:
-    from synthia_vllm.cli.gateways import Parent
 
 _ENGINE_POLL_S = 0.5
 
@@ -44,52 +39,6 @@ def run(
     return code
 
 
-def run_one_of_several(
-    settings: Settings,
-    plan: EnginePlan,
-    sock: socket.socket,
-    parent: "Parent",
-    addresses: Addresses,
-    client: int,
-    engine_lives: int,
-    *,
-    admin: socket.socket | None = None,
-) -> int:
-    """Serves, in one of several processes, an engine that `keep_engine` keeps; until it is told to stop.
-
-    `client` is this process' number among all that there ever are, from 0; `engine_lives` a pipe that closes with it.
-    Returns the exit code, as `run` does.
-    """
-    plan.apply_environment()
-    import uvloop
-
-    code: int = uvloop.run(_serve_beside(settings, plan, sock, parent, addresses, client, engine_lives, admin))
-    return code
-
-
-async def _serve_beside(
-    settings: Settings,
-    plan: EnginePlan,
-    sock: socket.socket,
-    parent: "Parent",
-    addresses: Addresses,
-    client: int,
-    engine_lives: int,
-    admin: socket.socket | None,
-) -> int:
-    args = parse_arguments(plan.arguments)
-    own = f"http://127.0.0.1:{sock.getsockname()[1]}"  # what the processes call the engine that they share
-    async with client_of(args, addresses, client, engine_lives) as llm:
-        engine = await local_engine(llm, args)
-        gateway = Gateway(engine, settings, capacity=engine.capacity(), engines=[own])
-        gateway.set_gateways(settings.gateways)  # until they know of each other
-        async with gateway, gateway.sharing([identity(own)]):
-            server = DrainingServer(gateway.app, settings, lambda: None, admin=admin, manager=parent)
-            parent.when_gone(server.stop)
-            await warm_up(llm)
-            return await _serve_until_stopped(server, sock, llm)
-
-
 async def _serve(
     settings: Settings,
     plan: EnginePlan,
@@ -106,10 +55,11 @@ async def _serve(
         await warm_up(llm)
         if companion is not None:
             await beside.enter_async_context(companion(llm, args))
-        return await _serve_until_stopped(server, sock, llm)
+        return await serve_until_stopped(server, sock, llm)
 
 
-async def _serve_until_stopped(server: DrainingServer, sock: socket.socket, llm: Any) -> int:
+async def serve_until_stopped(server: DrainingServer, sock: socket.socket, llm: Any) -> int:
+    """Until a signal, or until the engine has died; returns the exit code."""
     settle_memory()
     watch = supervise("engine_watch", lambda: _watch_engine(llm, server))
     try:

@@ -30,10 +30,9 @@ def locked_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.fixture
-def remembering(tmp_path: Path, redis_url: str) -> Iterator[tuple[Site, Running]]:
-    """A gateway that keeps replies, and its process."""
-    for site in _site(tmp_path, "--limits.redis", redis_url, "--timeouts.redis", "30"):
-        yield site, site.server
+def remembering(tmp_path: Path, redis_url: str) -> Iterator[Site]:
+    """With a gateway that keeps replies."""
+    yield from _site(tmp_path, "--limits.redis", redis_url, "--timeouts.redis", "30")
 
 
 def _site(folder: Path, *options: str) -> Iterator[Site]:

@@ -11,7 +11,7 @@ from playwright.sync_api import Locator, Page, Route, expect
 
 from synthia_vllm import __version__
 from tests.chromium_service import Visit, figure, send
-from tests.running import Running, new_key, until
+from tests.running import new_key, until
 from tests.web.conftest import Site
 
 ORCA = [{"role": "user", "content": "What is an orca?"}]
@@ -50,12 +50,9 @@ def test_a_chat_streams_and_tells_its_figures(site: Site, visit: Visit) -> None:
     assert visit.problems == []
 
 
-def test_a_reply_goes_on_when_its_gateway_was_killed_and_is_back(
-    remembering: tuple[Site, Running], visit: Visit
-) -> None:
-    site, server = remembering
-    page = visit.page
-    page.goto(site.url)
+def test_a_reply_goes_on_when_its_gateway_was_killed_and_is_back(remembering: Site, visit: Visit) -> None:
+    server, page = remembering.server, visit.page
+    page.goto(remembering.url)
     send(page, "What is an orca?", 120)
     reply = page.locator("#said .assistant")
     expect(reply).to_contain_text(WORD)
